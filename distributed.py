@@ -1,0 +1,70 @@
+"""The processes of one run: who they are, and the few things that travel between them.
+
+One process and N processes run the same code: a process group always exists. Collectives on CPU tensors go over gloo, on
+GPU tensors over nccl. What is not a tensor travels as JSON in a uint8 tensor: nothing is ever unpickled.
+"""
+import datetime
+import json
+import os
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+class World(NamedTuple):
+    rank: int  # 0 .. world_size - 1, over all nodes
+    world_size: int
+    local_rank: int  # 0 .. local_world_size - 1, on this node
+    local_world_size: int
+    node_group: Any  # gloo group of this node's processes, who share one vLLM engine
+    device: torch.device
+
+
+def start(timeout_minutes=120) -> World:
+    """The World of this process, from torchrun's environment; without torchrun, a world of one.
+    The time-out is long since every process waits for the engine's sampling and for evaluation."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)  # before any collective, or every process opens a context on GPU 0
+    store = None if "RANK" in os.environ else dist.HashStore()  # alone: no port, no rendezvous
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
+                            timeout=timeout)
+    node_group = None
+    for first in range(0, world_size, local_world_size):  # new_group is collective: all take part in making each
+        ranks = list(range(first, first + local_world_size))
+        group = dist.new_group(ranks, backend="gloo", timeout=timeout)
+        node_group = group if rank in ranks else node_group
+    return World(rank, world_size, local_rank, local_world_size, node_group, device)
+
+
+def all_sum(values) -> torch.Tensor:
+    """A new tensor: values (a tensor, or a list of numbers taken as float64 on the CPU) summed over all ranks."""
+    total = values.clone() if torch.is_tensor(values) else torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total
+
+
+def all_max(value: float) -> float:
+    """The largest value over all ranks."""
+    largest = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
+
+
+def gather_json(obj, group=None) -> list:
+    """Every rank's obj, in the order of ranks, on every rank. obj: anything that json can write."""
+    payload = torch.frombuffer(bytearray(json.dumps(obj).encode()), dtype=torch.uint8)
+    size = dist.get_world_size(group)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
+    dist.all_gather(lengths, torch.tensor([len(payload)]), group=group)
+    padded = torch.zeros(max(int(n) for n in lengths), dtype=torch.uint8)  # gloo gathers equal shapes only
+    padded[:len(payload)] = payload
+    gathered = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(gathered, padded, group=group)
+    return [json.loads(g[:int(n)].numpy().tobytes()) for g, n in zip(gathered, lengths)]

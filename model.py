@@ -1,0 +1,389 @@
+"""The policy: a Qwen2-VL or Qwen2.5-VL language model that gives log-probabilities of responses, sharded by FSDP2.
+
+    load_policy    config -> modules on the meta device -> sharded -> filled from safetensors, one tensor at a time
+    Policy         token ids, positions and image features -> log-probabilities and entropy of the response tokens
+    pack, select   ragged queries and responses -> one padded batch with M-RoPE positions; rows of it, trimmed
+    gather_weights, save_checkpoint    sharded parameters -> full tensors under the hub's names -> a folder
+
+Only the hub's names leave this file ('model.layers.0...', 'visual...', 'lm_head.weight'): transformers renamed its modules
+in memory, the checkpoints on the hub and vLLM kept the old names.
+"""
+import json
+import math
+import os
+import pathlib
+import shutil
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from configurator import UserError
+from distributed import all_max
+
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
+LOGITS_PER_CHUNK = 1 << 24  # elements of a (tokens, vocabulary) block of logits: 64 MB in float32, 110 tokens of Qwen's
+PATCHES_PER_CHUNK = 1 << 14  # image patches that go through a frozen tower at once: 4096 image tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# log-probabilities without the (tokens, vocabulary) logits
+
+def logprobs_and_entropy(hidden, weight, targets, temperature, banned_ids):
+    """(n,) logprobs and (n,) entropy, float32, of one chunk. hidden (n, H), weight (V, H), targets (n,) int64.
+    banned_ids (a list) are outside the distribution, as they are in both engines. Entropy carries no gradient."""
+    logits = (hidden @ weight.T).float() / temperature  # (n, V)
+    if banned_ids:
+        logits[:, banned_ids] = torch.finfo(torch.float32).min  # not -inf: 0 * -inf in the entropy would be nan
+    normaliser = logits.logsumexp(-1)
+    logprobs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
+    with torch.no_grad():
+        probs = (logits - normaliser[:, None]).exp_()
+        entropy = normaliser - probs.mul_(logits).sum(-1)  # H = log Z - E[logit]
+    return logprobs, entropy
+
+
+def chunked_logprobs(hidden, weight, targets, temperature, banned_ids):
+    """The same over all N tokens, chunk by chunk: the logits of a chunk are made again in backward and dropped, so that
+    (N, V) never exists. For N = 2048 and V = 151,936 that is 64 MB where full logits take over a GB, several times."""
+    rows = max(1, LOGITS_PER_CHUNK // weight.shape[0])
+    chunks = [checkpoint(logprobs_and_entropy, h, weight, t, temperature, banned_ids, use_reentrant=False)
+              for h, t in zip(hidden.split(rows), targets.split(rows))]
+    return torch.cat([c[0] for c in chunks]), torch.cat([c[1] for c in chunks])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the policy
+
+class ImageInput(NamedTuple):
+    pixel_values: torch.Tensor  # (patches, channels * temporal * 14 * 14) float32
+    grid_thw: torch.Tensor  # (1, 3) int64: frames, rows and columns of patches
+
+
+def encode_images(visual, images):
+    """A list of (tokens_i, H) features, one for each ImageInput of the list. A Qwen tower has no batch dimension: patches
+    of all images stand in one row, cut apart by grid_thw; attention does not cross images."""
+    device, dtype = visual.patch_embed.proj.weight.device, visual.dtype  # a frozen tower leaves no graph: nothing requires a gradient
+    merge, features, start = visual.spatial_merge_size ** 2, [], 0
+    while start < len(images):
+        end, patches = start, 0
+        while end < len(images) and (end == start or patches + len(images[end].pixel_values) <= PATCHES_PER_CHUNK):
+            patches += len(images[end].pixel_values)
+            end += 1
+        pixels = torch.cat([image.pixel_values for image in images[start:end]]).to(device, dtype)
+        grids = torch.cat([image.grid_thw for image in images[start:end]]).to(device)
+        tokens = visual(pixels, grid_thw=grids).pooler_output  # (sum of tokens_i, H)
+        features += tokens.split((grids.prod(-1) // merge).tolist())
+        start = end
+    return features
+
+
+class Policy(torch.nn.Module):
+    """A language model over text and image features. It is the FSDP root: call it, not its parts.
+
+    Tied embeddings are one parameter here (there is no lm_head), so no sharding or loading can untie them.
+    visual is None while the tower is frozen: then its features come in from outside, made once a step."""
+
+    def __init__(self, hf, banned_ids=(), with_visual=False):
+        super().__init__()
+        self.language_model = hf.model.language_model
+        self.lm_head = None if hf.config.tie_word_embeddings else hf.lm_head
+        self.visual = hf.model.visual if with_visual else None
+        self.image_token_id = hf.config.image_token_id
+        self.banned_ids = list(banned_ids)
+        self.rope_index = hf.model.get_rope_index  # reads the config only
+
+    def forward(self, input_ids, position_ids, attention_mask, image_features, response_mask, temperature):
+        """logprobs (B, R) and entropy (B, R), float32, of the response tokens; 0 where response_mask is False.
+
+        input_ids (B, T) int64: queries, then R columns of responses; position_ids (3, B, T); attention_mask (B, T);
+        image_features: a list of B tensors (tokens_i, H), or of B ImageInputs when the policy owns the tower;
+        response_mask (B, R) bool; temperature > 0 divides the logits, as it did in the sampler."""
+        if self.visual is not None:
+            image_features = encode_images(self.visual, image_features)
+        R = response_mask.shape[1]
+        head = self.language_model.embed_tokens if self.lm_head is None else self.lm_head
+        embeds = self.language_model.embed_tokens(input_ids)  # (B, T, H)
+        slots = input_ids == self.image_token_id
+        slots[:, -R:] = False  # features belong to the query; an image token in a response would be plain text
+        embeds = embeds.masked_scatter(slots[..., None], torch.cat(list(image_features)).to(embeds.dtype))
+        hidden = self.language_model(inputs_embeds=embeds, position_ids=position_ids, attention_mask=attention_mask,
+                                     use_cache=False).last_hidden_state  # (B, T, H)
+        hidden = hidden[:, -R - 1:-1][response_mask]  # (N, H): the state before a token predicts it
+        targets = input_ids[:, -R:][response_mask]  # (N,)
+        logprobs, entropy = chunked_logprobs(hidden, head.weight, targets, temperature, self.banned_ids)
+        rows = torch.zeros(response_mask.shape, dtype=torch.float32, device=hidden.device)
+        return rows.masked_scatter(response_mask, logprobs), rows.masked_scatter(response_mask, entropy)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batches
+
+class Batch(NamedTuple):
+    """B rows of a left-padded query (Q columns) and a right-padded response (R columns)."""
+    query_responses: torch.Tensor  # (B, Q+R) int64
+    attention_mask: torch.Tensor  # (B, Q+R) int64, 1 on real tokens
+    position_ids: torch.Tensor  # (3, B, Q+R) int64, M-RoPE: frame, row, column
+    response_mask: torch.Tensor  # (B, R) bool, True on tokens that count, EOS included
+
+
+def pack(policy, queries, responses, grids, pad_id, device) -> Batch:
+    """queries and responses: lists of B lists of token ids, grids a list of B (1, 3) tensors. Masks come from lengths,
+    never from ids: padding may share its id with EOS. Positions are the model's own (get_rope_index)."""
+    B, Q, R = len(queries), max(map(len, queries)), max(map(len, responses))
+    ids = torch.full((B, Q + R), pad_id)
+    mask = torch.zeros(B, Q + R, dtype=torch.int64)
+    for i, (query, response) in enumerate(zip(queries, responses)):
+        ids[i, Q - len(query):Q + len(response)] = torch.tensor(query + response)
+        mask[i, Q - len(query):Q + len(response)] = 1
+    types = (ids[:, :Q] == policy.image_token_id).int()  # 1 on image tokens: transformers >= 5.3 wants it
+    positions, _ = policy.rope_index(ids[:, :Q], mm_token_type_ids=types, image_grid_thw=torch.cat(list(grids)),
+                                     attention_mask=mask[:, :Q])  # (3, B, Q)
+    last = positions.amax((0, 2))  # (B,): text goes on, one by one and equal on all three rows, after the largest
+    after = (last[:, None] + 1 + torch.arange(R)).expand(3, B, R)
+    return Batch(*(t.to(device) for t in (ids, mask, torch.cat([positions, after], -1), mask[:, Q:].bool())))
+
+
+def select(batch: Batch, rows) -> Batch:
+    """Those rows (int64 tensor) without the padding columns that none of them needs."""
+    R = batch.response_mask.shape[1]
+    mask = batch.attention_mask[rows]
+    used = mask.any(0).nonzero()
+    columns = slice(int(used[0]), int(used[-1]) + 1)
+    response = slice(0, columns.stop - (mask.shape[1] - R))
+    return Batch(batch.query_responses[rows, columns], mask[:, columns], batch.position_ids[:, rows, columns],
+                 batch.response_mask[rows, response])
+
+
+def cut(lengths, max_tokens):
+    """Lists of row indices, longest rows first, such that rows * longest row <= max_tokens in each (or one row).
+    lengths: tokens of each row. Rows of like length share a micro-batch, so little of it is padding."""
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def microbatches(lengths, max_tokens):
+    """Pairs (row indices, real), as many on every rank: sharded layers gather their weights together, so a rank with fewer
+    micro-batches runs its first row again with real=False, to be weighted 0. A collective."""
+    batches = [(rows, True) for rows in cut(lengths, max_tokens)]
+    return batches + [([0], False)] * (int(all_max(len(batches))) - len(batches))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the optimizer's schedule, and what the knob dtype means
+
+def learning_rate_at(update, updates, peak, warmup_ratio):
+    """The learning rate of an update (0, 1, ...): linear to peak over the warm-up, then a cosine to 0."""
+    warmup = math.ceil(warmup_ratio * updates)
+    if update < warmup:
+        return peak * (update + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (update - warmup) / max(1, updates - warmup)))
+
+
+def compute_dtype(name, device):
+    """The torch.dtype of a knob: 'float32', 'bfloat16', or 'auto', which is bfloat16 on a GPU and float32 on a CPU."""
+    names = dict(float32=torch.float32, bfloat16=torch.bfloat16, auto=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if name not in names:
+        raise UserError(f"config: dtype must be one of {', '.join(names)}, got {name!r}")
+    return names[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loading
+
+def hub_name(name):
+    """The hub's name of a parameter, from any of the names transformers and this file give it in memory."""
+    for prefix in ("model.language_model.", "language_model."):
+        if name.startswith(prefix):
+            return "model." + name.removeprefix(prefix)
+    return name.removeprefix("model.") if name.startswith("model.visual.") else name
+
+
+def local_folder(model):
+    """The folder of a model: itself, or the hub's snapshot, which is fetched at first use."""
+    if os.path.isdir(model):
+        return model
+    if model.startswith((".", "/")) or model.count("/") != 1:
+        raise UserError(f"model: no folder {model!r} (a path, or a name on the hub such as Qwen/Qwen2.5-VL-7B-Instruct)")
+    try:
+        return snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+    except (OSError, ValueError) as error:
+        raise UserError(f"model: {model!r} is no folder here and could not be fetched from the hub "
+                        f"({type(error).__name__}); give the path of a downloaded one") from error
+
+
+def load_config(folder):
+    """The model's config; a UserError for a folder without one and for another architecture."""
+    path = pathlib.Path(folder) / "config.json"
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"model: {path} cannot be read as a model's config ({type(error).__name__})") from error
+    if model_type not in MODEL_TYPES:
+        raise UserError(f"model: {path} says model_type {model_type!r}; this code knows {' and '.join(MODEL_TYPES)} "
+                        "(another architecture needs its own Policy in model.py)")
+    return AutoConfig.from_pretrained(folder)
+
+
+class Weights:
+    """The tensors of a checkpoint folder by hub name, memory-mapped: one is read when it is asked for."""
+
+    def __init__(self, folder):
+        self.folder, self.where = folder, {}  # hub name -> (open file, name in the file)
+        files = sorted(pathlib.Path(folder).glob("*.safetensors"))
+        if not files:
+            raise UserError(f"model: no *.safetensors in {folder}")
+        for path in files:
+            try:
+                file = safe_open(path, "pt")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"model: {path} cannot be read: {error}") from error
+            self.where |= {hub_name(name): (file, name) for name in file.keys()}
+
+    def __getitem__(self, name):
+        if name not in self.where:
+            raise UserError(f"model: {self.folder} has no tensor {name}, which its config asks for")
+        file, stored = self.where[name]
+        return file.get_tensor(stored)
+
+
+@torch.no_grad()
+def fill(module, weights, prefix=""):
+    """Copies the checkpoint's tensors into module's parameters, sharded or not: each rank reads a tensor and keeps its
+    shard of it, so no process ever holds the whole model. Returns the hub names used."""
+    used = []
+    for name, parameter in module.named_parameters():
+        full = weights[hub_name(prefix + name)]
+        if full.shape != parameter.shape:
+            raise UserError(f"model: {hub_name(prefix + name)} is {tuple(full.shape)} in {weights.folder}, its config "
+                            f"asks for {tuple(parameter.shape)}")
+        full = full.to(parameter.device, parameter.dtype)
+        if isinstance(parameter, DTensor):
+            full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(full)
+        used.append(hub_name(prefix + name))
+    for part in module.modules():  # rotary frequencies are not in any checkpoint: compute them again
+        if "inv_freq" in dict(part.named_buffers(recurse=False)):
+            fresh = type(part)(part.config)
+            for name, buffer in fresh.named_buffers():
+                setattr(part, name, buffer.to(part.inv_freq.device))
+    return used
+
+
+def on_meta(config, attention="sdpa"):
+    """transformers' model of this config with shapes and no storage."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, attn_implementation=attention, dtype=torch.float32)
+
+
+def set_trained(policy, visual, train_llm, train_connector, train_vit):
+    """Marks the trained parameters, as the three flags say; the connector is the tower's merger."""
+    for parameter in policy.language_model.parameters():
+        parameter.requires_grad_(train_llm)
+    if policy.lm_head is not None:
+        policy.lm_head.requires_grad_(train_llm)
+    for name, parameter in visual.named_parameters():
+        parameter.requires_grad_(train_connector if name.startswith("merger.") else train_vit)
+
+
+def load_policy(folder, world, dtype, banned_ids, train_llm=True, train_connector=False, train_vit=False, master=True,
+                activation_checkpointing=False):
+    """(policy, visual): the sharded Policy and the frozen tower (in dtype, a whole copy on each process), or None when
+    the tower is trained and so part of the policy.
+
+    master=True keeps float32 weights and computes in dtype: an AdamW step at a learning rate of 1e-6 is lost in bfloat16
+    weights. master=False keeps dtype alone (the reference). Gradients are summed over ranks in float32."""
+    config, weights = load_config(folder), Weights(folder)
+    hf = on_meta(config)
+    trains_tower = train_connector or train_vit
+    policy, visual = Policy(hf, banned_ids, with_visual=trains_tower), hf.model.visual
+    set_trained(policy, visual, train_llm, train_connector, train_vit)
+    if not master:
+        policy.requires_grad_(False)
+        policy.to(dtype)
+    if activation_checkpointing and master:
+        policy.train()
+        policy.language_model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    mesh = init_device_mesh(world.device.type, (world.world_size,))
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in [*policy.language_model.layers, *(visual.blocks if trains_tower else [])]:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(policy, mesh=mesh, mp_policy=precision)  # embedding, norm and head: one group
+    policy.to_empty(device=world.device)
+    used = fill(policy, weights)
+    if not trains_tower:
+        visual.requires_grad_(False).to(dtype).to_empty(device=world.device)
+        used += fill(visual, weights, "visual.")
+    check_all_used(policy, weights, used)
+    return policy, None if trains_tower else visual
+
+
+def check_all_used(policy, weights, used):
+    """Raises when the checkpoint holds tensors that went nowhere: then it is not the model that its config says.
+    A stored head beside tied embeddings is allowed when it equals them."""
+    extra = weights.where.keys() - set(used)
+    if policy.lm_head is None and "lm_head.weight" in extra:
+        extra.remove("lm_head.weight")
+        if not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"]):
+            raise UserError(f"model: {weights.folder} ties its embeddings in config.json but stores another lm_head")
+    if extra:
+        raise UserError(f"model: {len(extra)} tensors of {weights.folder} fit nothing in the model its config describes, "
+                        f"such as {min(extra)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# full weights, for the engine and for checkpoints
+
+def gather_weights(policy, dtype, trained_only=True):
+    """Yields (hub name, full tensor in dtype on this device). A collective: every rank must run it to its end.
+    A tied head is named too: an engine that keeps it apart would go on with the old one, silently."""
+    for name, parameter in policy.named_parameters():
+        if trained_only and not parameter.requires_grad:
+            continue
+        full = parameter.detach()
+        full = (full.full_tensor() if isinstance(full, DTensor) else full).to(dtype)
+        yield hub_name(name), full
+        if policy.lm_head is None and name == "language_model.embed_tokens.weight":
+            yield "lm_head.weight", full
+
+
+def save_checkpoint(out_dir, step, policy, visual, source, dtype, rank):
+    """Writes out_dir/checkpoints/step_000120, a model folder that transformers and vLLM open as it is, and points
+    `latest` at it. A collective. source: the folder that the run started from (config, tokenizer, image processor)."""
+    folder = pathlib.Path(out_dir) / "checkpoints" / f"step_{step:06d}"
+    tensors = {}
+    for name, full in gather_weights(policy, dtype, trained_only=False):
+        if rank == 0 and not (name == "lm_head.weight" and policy.lm_head is None):  # a tied head is not stored
+            tensors[name] = full.cpu()
+    if rank != 0:
+        return
+    if visual is not None:
+        tensors |= {hub_name("visual." + name): p.detach().to("cpu", dtype) for name, p in visual.named_parameters()}
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for path in pathlib.Path(source).iterdir():
+        if path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, partial / path.name)
+    config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_torch_state_dict({name: t.contiguous() for name, t in tensors.items()}, partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    link = folder.with_name("latest.partial")
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    link.replace(folder.with_name("latest"))

@@ -1,0 +1,167 @@
+"""Whole runs of the scripts on a tiny random model: same prompt, same policy, same gradient, same run; and users' errors."""
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+NOT_REPEATED = ("time/", "memory/")
+
+
+def launch(command, **environment):
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env=env | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment)
+
+
+def finish(command, **environment):
+    done = launch(command, **environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def read(path):
+    return [json.loads(line) for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def metrics_of(out_dir):
+    return [{k: v for k, v in row.items() if not k.startswith(NOT_REPEATED)} for row in read(out_dir / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def knobs(tiny_model_dir, tiny_jsonl):
+    return [f"--model={tiny_model_dir}", f"--train_data={tiny_jsonl}", "--rollout=hf", "--batch_size=8", "--minibatch_size=4",
+            "--max_new_tokens=64", "--max_steps=3", "--eval_every_epochs=0", "--learning_rate=1e-3", "--kl_reward_coeff=0.01",
+            "--activation_checkpointing=False", "--no_eos_score=0", "--language_reward_coeff=1"]
+
+
+@pytest.fixture(scope="module")
+def first_run(knobs, tmp_path_factory):
+    """(out_dir, gradient file) of three steps in one process; the run that the others are held against."""
+    folder = tmp_path_factory.mktemp("first")
+    finish([sys.executable, "tests/patched_run.py", *knobs, f"--out_dir={folder / 'out'}"], NANOMAYE_HOOK=f"record:{folder / 'grad'}")
+    return folder / "out", folder / "grad"
+
+
+def test_saved_config_repeats_the_run_bit_for_bit(first_run, tmp_path):
+    finish([sys.executable, "train_rl.py", str(first_run[0] / "config.py"), f"--out_dir={tmp_path}"])
+    assert metrics_of(tmp_path) == metrics_of(first_run[0])
+    assert read(tmp_path / "samples.jsonl") == read(first_run[0] / "samples.jsonl")
+
+
+@pytest.mark.parametrize("ranks, budget", [(2, 16384), (1, 150), (1, 700)])
+def test_samples_metrics_and_gradient_do_not_depend_on_ranks_or_micro_batches(first_run, knobs, tmp_path, ranks, budget):
+    launcher = TORCHRUN if ranks == 2 else [sys.executable]
+    finish([*launcher, "tests/patched_run.py", *knobs, f"--out_dir={tmp_path}", f"--max_tokens_per_microbatch={budget}"],
+           NANOMAYE_HOOK=f"record:{tmp_path / 'grad'}")
+    assert read(tmp_path / "samples.jsonl") == read(first_run[0] / "samples.jsonl")
+    for ours, theirs in zip(metrics_of(tmp_path), metrics_of(first_run[0])):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert ours[key] == value if value is None else ours[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
+    ours, theirs = load_file(tmp_path / "grad"), load_file(first_run[1])
+    scale = max(t.abs().max() for t in theirs.values())
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name] / scale, gradient / scale, atol=1e-5, rtol=0)
+    assert scale > 0
+
+
+def test_metrics_have_the_promised_keys_and_finite_values(first_run):
+    rows = read(first_run[0] / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    promised = """step epoch samples train/accuracy train/score reward/accuracy reward/language reward/format response/length
+        response/clip_ratio reflection/reflection_ratio reflection/reflection_ratio_in_correct_answers
+        reflection/reflection_ratio_in_incorrect_answers reflection/correct_ratio_in_reflection_texts
+        reflection/correct_ratio_in_no_reflection_texts reflection_words/wait policy/loss policy/pg_loss policy/kl_loss policy/entropy
+        policy/ratio policy/clipfrac policy/approx_kl policy/grad_norm policy/lr policy/updates rollout/logprob_diff rollout/kl
+        judge/errors time/rollout_s time/trajectory_s time/update_s time/sync_s time/step_s tokens/prompt tokens/response
+        memory/peak_gb""".split()
+    for row in rows:
+        assert set(promised) <= row.keys()
+        assert all(v is None or abs(v) < float("inf") for v in row.values())
+        assert row["rollout/logprob_diff"] < 1e-4, "trainer and engine, after weight syncs as well"
+    assert len({row["policy/kl_loss"] for row in rows}) == 3, "the policy moves"
+    sample = read(first_run[0] / "samples.jsonl")[0]
+    assert {"step", "split", "id", "image", "question", "answer", "response", "correct", "rewards", "length",
+            "finish_reason"} <= sample.keys()
+
+
+def test_a_nan_gradient_skips_that_update_and_no_other(first_run, knobs, tmp_path):
+    finish([sys.executable, "tests/patched_run.py", *knobs, f"--out_dir={tmp_path}"], NANOMAYE_HOOK="nan:2")
+    ours, theirs = read(tmp_path / "metrics.jsonl"), read(first_run[0] / "metrics.jsonl")
+    assert [row["policy/skipped"] for row in ours] == [1, 0, 0] and [row["policy/updates"] for row in ours] == [1, 2, 2]
+    assert all(abs(row["policy/loss"]) < float("inf") for row in ours)
+    assert ours[0]["policy/pg_loss"] == theirs[0]["policy/pg_loss"], "the first update and the loss of the second are the same"
+    assert ours[1]["rollout/kl"] != theirs[1]["rollout/kl"], "but the second was not made"
+    weights = load_file(tmp_path / "checkpoints" / "latest" / "model.safetensors")
+    assert all(torch.isfinite(t).all() for t in weights.values())
+
+
+def test_sft_evaluation_and_the_checkpoint_between_them(knobs, tiny_jsonl, tmp_path):
+    """train_sft.py learns three rows by heart on two ranks; evaluate.py finds the same accuracy in its checkpoint."""
+    rows = pathlib.Path(tiny_jsonl).read_text(encoding="utf-8").splitlines()[:4]
+    (tmp_path / "images").symlink_to(pathlib.Path(tiny_jsonl).parent / "images")
+    data = tmp_path / "four.jsonl"
+    data.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    finish([*TORCHRUN, "train_sft.py", knobs[0], f"--train_data={data}", f"--val_data={data}", f"--out_dir={tmp_path / 'sft'}",
+            "--rollout=hf", "--batch_size=4", "--epochs=60", "--eval_every_epochs=60", "--learning_rate=1e-2", "--warmup_ratio=0.02",
+            "--max_new_tokens=24", "--train_vit=True", "--train_connector=True"])
+    metrics, evals = read(tmp_path / "sft" / "metrics.jsonl"), read(tmp_path / "sft" / "eval.jsonl")
+    assert len(metrics) == 60 and metrics[-1]["policy/loss"] < 0.1 * metrics[0]["policy/loss"]
+    greedy = {row["epoch"]: row for row in evals if row["setting"].startswith("pass@1 T=0.01")}
+    assert greedy[0]["accuracy"] == 0 and greedy[60]["accuracy"] == 1
+    done = finish([sys.executable, "evaluate.py", f"--ckpt={tmp_path / 'sft/checkpoints/latest'}", f"--data={data}", "--rollout=hf",
+                   f"--out_dir={tmp_path / 'eval'}", "--max_new_tokens=24"])
+    again = read(tmp_path / "eval" / "eval.jsonl")
+    for row, theirs in zip(again, [row for row in evals if row["epoch"] == 60]):
+        assert row["accuracy"] == theirs["accuracy"] and row["response_length"] == theirs["response_length"]
+        assert row["setting"] in done.stdout
+    assert [(row["k"], row["temperature"], row["top_p"]) for row in again] == [(8, 1.0, 1.0), (1, 0.6, 1.0), (1, 0.01, 0.001)]
+    assert len(read(tmp_path / "eval" / "samples.jsonl")) == 4 * (8 + 1 + 1)
+
+
+def one_line(done):
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_user_errors_are_one_line_and_exit_2(knobs, tiny_jsonl, tmp_path):
+    other = tmp_path / "llama"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "llama"}')
+    bad = tmp_path / "bad.jsonl"
+    good = json.loads(pathlib.Path(tiny_jsonl).read_text(encoding="utf-8").splitlines()[0])
+    image = pathlib.Path(tiny_jsonl).parent / good["image"]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes(image.read_bytes())
+    (tmp_path / "images" / "cut.png").write_bytes(image.read_bytes()[:60])
+    rows = [good | {"id": "a", "image": "images/none.png"}, good | {"id": "b", "image": "images/cut.png"}, good | {"id": "c", "answer": ""},
+            {k: v for k, v in good.items() if k != "answer"} | {"id": "d"}, good | {"id": "e", "question": "no image here"}]
+    bad.write_text("\n".join(json.dumps(row) for row in rows) + "\nnot json\n", encoding="utf-8")
+    command = [sys.executable, "train_rl.py", *knobs, f"--out_dir={tmp_path / 'out'}"]
+    for arguments, words in [
+        (["--lerning_rate=1"], ["lerning_rate", "learning_rate"]),
+        (["--train_data=nowhere.jsonl"], ["nowhere.jsonl"]),
+        ([f"--train_data={bad}"], [f"bad.jsonl:{i}" for i in range(1, 7)]),
+        ([f"--model={other}"], ["llama", "qwen2_5_vl"]),
+        (["--batch_size=9"], ["batch_size=9", "minibatch_size=4"]),
+        (["--loss_agg=mean"], ["loss_agg", "'mean'"]),
+        (["--rollout=sglang"], ["rollout", "sglang"]),
+    ]:
+        replaced = [a for a in command if a.split("=")[0] not in {b.split("=")[0] for b in arguments}]
+        line = one_line(launch(replaced + arguments))
+        assert all(word in line for word in words), line
+    assert not (tmp_path / "out" / "metrics.jsonl").exists(), "nothing was trained"
+
+
+def test_ranks_that_do_not_divide_the_minibatch_are_an_error(knobs):
+    line = one_line(launch([sys.executable, "train_rl.py", *knobs], WORLD_SIZE="3"))
+    assert "world_size=3" in line and "minibatch_size=4" in line

@@ -1,0 +1,64 @@
+"""A tiny random Qwen2-VL or Qwen2.5-VL with tokenizer and image processor in a folder, as the hub stores one."""
+import pathlib
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedTokenizerFast
+from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+           "<|image_pad|>", "<|video_pad|>"]
+CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def make_tokenizer():
+    """A byte-level tokenizer: 256 bytes and Qwen's special tokens, no merges."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=256 + len(SPECIAL), special_tokens=SPECIAL, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   additional_special_tokens=SPECIAL, chat_template=CHAT_TEMPLATE)
+
+
+def tiny_config(kind, tied, tokenizer, vocab_size=0, hidden=32, layers=2):
+    """A Qwen2_5_VLConfig or Qwen2VLConfig for the given tokenizer; vocab_size 0: the tokenizer's."""
+    ids = tokenizer.convert_tokens_to_ids
+    text = dict(vocab_size=vocab_size or len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden,
+                num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=8192,
+                rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, hidden // 4 - 5]),
+                bos_token_id=ids("<|endoftext|>"), eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"),
+                tie_word_embeddings=tied)
+    vision = dict(depth=2, num_heads=2, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+    common = dict(image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
+                  vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
+                  tie_word_embeddings=tied)
+    if kind == "qwen2_5_vl":
+        vision |= dict(hidden_size=32, intermediate_size=64, out_hidden_size=hidden, window_size=56,
+                       fullatt_block_indexes=[1])
+        return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **common)
+    return Qwen2VLConfig(text_config=text, vision_config=vision | dict(embed_dim=32, hidden_size=hidden, mlp_ratio=2),
+                         **common)
+
+
+def make_tiny(folder, kind="qwen2_5_vl", tied=True, vocab_size=0, hidden=32, layers=2, seed=0):
+    """The folder's path as str; weights normal with std 0.2 so that no distribution is flat."""
+    folder, tokenizer = pathlib.Path(folder), make_tokenizer()
+    config = tiny_config(kind, tied, tokenizer, vocab_size, hidden, layers)
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() > 1:
+                p.normal_(0, 0.2)
+    model.generation_config = GenerationConfig(eos_token_id=[config.text_config.eos_token_id, config.text_config.pad_token_id],
+                                               pad_token_id=config.text_config.pad_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, temporal_patch_size=2,
+                             size=dict(shortest_edge=28 * 28, longest_edge=1280 * 28 * 28)).save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,429 @@
+"""Reinforcement learning of a vision-language model with rule-based rewards: one run, top to bottom.
+
+    python train_rl.py config/toy.py                              # one process, CPU or GPU, no download
+    torchrun --nproc_per_node=7 train_rl.py config/geo3k.py       # the paper: 7 training GPUs, the 8th samples
+    torchrun --nproc_per_node=7 train_rl.py config/geo3k.py --dry_run=True   # what it would need; trains nothing
+
+The four steps and the objective are those of MAYE (arXiv 2504.02587). Where we depart from it, or from its code:
+ 1. Position ids are the model's own M-RoPE. The released code trains with one-dimensional ones that its sampler never saw.
+ 2. Returns are whitened over the whole step, all ranks, to mean 0. The released code whitens per rank and adds the mean back.
+ 3. The loss is Eq. 1's mean over responses (loss_agg='seq_mean'), every mean a sum divided by a global count. The released
+    code averages the tokens of each micro-batch, so its gradient depends on the micro-batch size.
+ 4. Master weights and AdamW moments are float32: at a learning rate of 5e-6 most steps round away in bfloat16.
+ 5. The engine's log-probabilities are compared with the trainer's before step 1 and at every step.
+ 6. The language reward counts letters that are neither Latin nor Greek, not Chinese, Japanese and Korean ones alone.
+"""
+import json
+import math
+import os
+import resource
+import time
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+import model as models
+from configurator import UserError, configure, save_config
+from data import Dataset, load_processor, order
+from distributed import all_sum, gather_json, start
+from dryrun import show_plan
+from evaluate import EVALS, evaluate, show_table
+from model import encode_images, gather_weights, learning_rate_at, load_policy, pack, save_checkpoint, select
+from reflection import metrics as reflection_metrics
+from reflection import tally
+from reward import format_reward, judge_batch, language_reward
+from rollout import Sampling, banned_token_ids, eos_token_ids, open_engine, request_seed
+
+# ---------------------------------------------------------------------------------------------------------------------
+out_dir = "out/rl"  # config.py, metrics.jsonl, eval.jsonl, samples.jsonl and checkpoints/ go here
+seed = 0  # data order and sampling follow from it, whatever the number of processes
+# model and data
+model = ""  # folder or hub name of a Qwen2-VL or Qwen2.5-VL
+train_data = ""  # problems in the paper's jsonl; `python data.py` says how to get some
+val_data = ""  # evaluated as split validation; '' leaves it out
+test_data = ""  # evaluated as split test; '' leaves it out
+min_pixels = 3136  # smaller images are enlarged: 56 * 56 = 4 image tokens
+max_pixels = 1003520  # larger images are shrunk: 1280 * 28 * 28 = 1280 image tokens
+max_prompt_tokens = 2048  # a longer prompt is an error at start; prompts are never cut
+# sampling
+rollout = "vllm"  # 'vllm' (the GPU after the training ones, or its CPU build) or 'hf' (each process samples its share)
+temperature = 1.0  # divides the logits in the sampler and in the loss alike
+max_new_tokens = 2048  # tokens of a response at most; a longer one ends without EOS
+gpu_memory_utilization = 0.8  # fraction of its GPU that vLLM takes (paper)
+# length of the run
+epochs = 30  # passes over the training queries
+max_steps = 0  # generation steps of the run; 0 = all epochs
+batch_size = 896  # queries of a step over all ranks, one response each (paper: 128 x 7)
+minibatch_size = 28  # responses of an update over all ranks (paper: 4 x 7)
+ppo_epochs = 1  # uses of a step's responses
+max_tokens_per_microbatch = 16384  # padded tokens of one forward and backward on a rank; less = less memory, same gradient
+# objective
+clip_low = 0.2  # the ratio's gradient ends below 1 - clip_low (for negative advantages)
+clip_high = 0.2  # and above 1 + clip_high (for positive ones)
+gamma = 1.0  # discount per token
+kl_loss_coeff = 0.001  # weight of the k3 KL to the reference in the loss; 0 turns it off (paper, appendix A)
+kl_reward_coeff = 0.0  # weight of the same KL as a penalty in the token rewards; 0 turns it off (paper: 0)
+loss_agg = "seq_mean"  # 'seq_mean': tokens of a response, then responses (Eq. 1); 'token_mean': all tokens of the minibatch
+# reward
+language_reward_coeff = 0.1  # times minus the fraction of letters neither Latin nor Greek; 0 turns it off
+format_reward_coeff = 0.0  # times 1 for a response with one well-formed box at its end; 0 turns it off (paper)
+no_eos_score = -0.1  # score of a response that never ended; 0 = score it like any other
+# optimizer
+learning_rate = 5e-6  # AdamW's peak; cosine to 0 after the warm-up
+warmup_ratio = 0.1  # fraction of the updates over which the learning rate rises
+adam_beta1 = 0.9  # decay of the mean of gradients
+adam_beta2 = 0.95  # decay of the mean of their squares
+adam_eps = 1e-5  # added to the root of the latter
+weight_decay = 0.01  # AdamW's, times the learning rate
+clip_grad_norm = 1.0  # longer gradients are scaled to this norm; 0 turns it off
+train_llm = True  # True trains the language model
+train_connector = False  # True trains the merger between tower and language model
+train_vit = False  # True trains the vision tower; while it and the merger are frozen, features are made once a step
+dtype = "auto"  # compute: 'float32', 'bfloat16', or 'auto' (bfloat16 on GPU, float32 on CPU); master weights are float32
+activation_checkpointing = True  # True recomputes each layer in backward: less memory, a third more compute
+# what is written
+eval_every_epochs = 1  # evaluate after every so many epochs, before the first step and after the last; 0 = never
+save_every_steps = 0  # checkpoint after every so many steps; 0 = only after the last
+save_samples = 16  # responses of a step that go to samples.jsonl
+max_logprob_diff = 0.1  # stop before step 1 when trainer and engine differ by more, nats per token on average
+dry_run = False  # True prints what the run would do and need, and exits
+# ---------------------------------------------------------------------------------------------------------------------
+
+METRICS_PER_TOKEN = ("policy/ratio", "policy/clipfrac", "policy/approx_kl")
+
+
+class Trajectory(NamedTuple):
+    """B responses of this rank, Q the longest query, R the longest response; queries left-padded, responses right-padded."""
+    query_responses: torch.Tensor  # (B, Q+R) int64
+    attention_mask: torch.Tensor  # (B, Q+R) int64
+    position_ids: torch.Tensor  # (3, B, Q+R) int64
+    response_mask: torch.Tensor  # (B, R) bool, True on tokens that count, EOS included
+    logprobs: torch.Tensor  # (B, R) float32, of the policy that the step began with
+    ref_logprobs: torch.Tensor  # (B, R) float32, of the untrained model; zeros without a KL term
+    rollout_logprobs: torch.Tensor  # (B, R) float32, what the engine said
+    entropy: torch.Tensor  # (B, R) float32, nats
+    accuracy_rewards: torch.Tensor  # (B,) 1 or 0
+    language_rewards: torch.Tensor  # (B,) -1 .. 0
+    format_rewards: torch.Tensor  # (B,) 1 or 0
+    scores: torch.Tensor  # (B,) their weighted sum, or no_eos_score
+    lengths: torch.Tensor  # (B,) int64, response tokens
+    image_features: list  # B tensors (image tokens, H), or B ImageInputs when the tower is trained
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the objective, as pure functions of (B, R) tensors
+
+def k3(logprobs, ref_logprobs):
+    """Schulman's k3 estimate of KL(policy || reference) at each token, >= 0: exp(ref - new) - (ref - new) - 1.
+    Paper, Eq. 1; http://joschu.net/blog/kl-approx.html. Any shape."""
+    difference = ref_logprobs - logprobs
+    return difference.exp() - difference - 1
+
+
+def token_rewards(scores, kl, response_mask, kl_reward_coeff):
+    """(B, R): -kl_reward_coeff * kl at each token, and the score (B,) at the last token that counts."""
+    rewards = -kl_reward_coeff * kl * response_mask
+    last = response_mask.sum(1) - 1  # (B,)
+    rewards[torch.arange(len(scores), device=scores.device), last] += scores
+    return rewards
+
+
+def discounted_returns(rewards, gamma):
+    """(B, R): at each token the sum of its own and all later rewards, discounted by gamma per token."""
+    returns, running = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        running = rewards[:, t] + gamma * running
+        returns[:, t] = running
+    return returns
+
+
+def whiten(values, mask):
+    """values with mean 0 and variance 1 over the True entries of mask on all ranks, 0 elsewhere. Both (B, R).
+    A collective, safe for a rank with no True entry. The paper's code adds the mean back; we do not (departure 2)."""
+    x = values.double() * mask
+    count, total = all_sum(torch.stack([mask.sum().double(), x.sum()]))
+    mean = total / count
+    variance = all_sum((((x - mean) * mask) ** 2).sum()) / count  # two passes: a difference of squares loses digits
+    return ((x - mean) * (variance + 1e-8).rsqrt() * mask).float()
+
+
+def loss_weights(response_mask, loss_agg, responses, tokens):
+    """(B, R) weights that sum to 1 over the whole minibatch (all ranks, all micro-batches), which holds so many responses
+    and tokens: a token's loss times its weight, summed, is the mean that loss_agg names."""
+    if loss_agg == "token_mean":
+        return response_mask / tokens
+    return response_mask / (response_mask.sum(1, keepdim=True).clamp(min=1) * responses)
+
+
+def policy_loss(new_logprobs, logprobs, ref_logprobs, advantages, clip_low, clip_high):
+    """pg_loss, kl, ratio and clipped, (B, R) each: PPO's clipped loss (to be minimised), the k3 KL to the reference, the
+    probability ratio, and whether clipping took the token's gradient away. All inputs (B, R)."""
+    ratio = (new_logprobs - logprobs).exp()
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    return torch.maximum(unclipped, clipped), k3(new_logprobs, ref_logprobs), ratio, clipped > unclipped
+
+
+@torch.no_grad()
+def response_logprobs(policy, batch, image_features, max_tokens, temperature):
+    """logprobs (B, R) and entropy (B, R) of a whole Batch, micro-batch by micro-batch. A collective."""
+    logprobs = torch.zeros(batch.response_mask.shape, device=batch.response_mask.device)
+    entropy = torch.zeros_like(logprobs)
+    for rows, real in models.microbatches(batch.attention_mask.sum(1).tolist(), max_tokens):
+        part = select(batch, rows)
+        features = [image_features[i] for i in rows]
+        new, h = policy(part.query_responses, part.position_ids, part.attention_mask, features, part.response_mask, temperature)
+        if real:
+            logprobs[rows, :new.shape[1]], entropy[rows, :new.shape[1]] = new, h
+    return logprobs, entropy
+
+
+def engine_logprobs(completions, mask):
+    """(B, R) float32: the engine's log-probabilities, padded like mask."""
+    padded = torch.zeros(mask.shape)
+    for i, completion in enumerate(completions):
+        padded[i, :len(completion.logprobs)] = torch.tensor(completion.logprobs)
+    return padded.to(mask.device)
+
+
+def parity(engine, policy, visual, dataset, indices, sampling, pad_id, max_tokens, device):
+    """Mean |trainer logprob - engine logprob| over the tokens of one response to each of the rows, all ranks; nats."""
+    inputs = [dataset.inputs(i) for i in indices]
+    completions = engine.generate(dataset, indices, [request_seed(0, "parity", i, 0) for i in indices], sampling)
+    batch = pack(policy, [x.query_ids for x in inputs], [c.token_ids for c in completions], [x.grid_thw for x in inputs], pad_id,
+                 device)
+    images = [models.ImageInput(x.pixel_values, x.grid_thw) for x in inputs]
+    features = images if visual is None else encode_images(visual, images)
+    logprobs, _ = response_logprobs(policy, batch, features, max_tokens, sampling.temperature)
+    difference = (logprobs - engine_logprobs(completions, batch.response_mask)).abs() * batch.response_mask
+    total, count = all_sum([difference.sum().item(), batch.response_mask.sum().item()]).tolist()
+    return total / count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    config = configure(globals())
+    for knob, value in (("model", model), ("train_data", train_data)):
+        if not value:
+            raise UserError(f"command line: {knob} is empty; start from a config, such as python train_rl.py config/toy.py")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if batch_size % minibatch_size or minibatch_size % world_size:
+        raise UserError(f"config: batch_size must be a multiple of minibatch_size, and that of the number of processes; got "
+                        f"{batch_size=} {minibatch_size=} {world_size=}")
+    if loss_agg not in ("seq_mean", "token_mean"):
+        raise UserError(f"config: loss_agg must be 'seq_mean' or 'token_mean', got {loss_agg!r}")
+    updates_per_step = batch_size // minibatch_size * ppo_epochs
+    if dry_run:
+        show_plan(config, world_size)
+        raise SystemExit
+
+    # --- set-up: data before model, so that a bad row costs seconds
+    folder = models.local_folder(model)
+    models.load_config(folder)  # another architecture is refused here
+    tokenizer, image_processor = load_processor(folder)
+    datasets = {split: Dataset(path, tokenizer, image_processor, min_pixels, max_pixels, max_prompt_tokens)
+                for split, path in (("train", train_data), ("validation", val_data), ("test", test_data)) if path}
+    train = datasets.pop("train")
+    if len(train) < batch_size:
+        raise UserError(f"{train_data}: {len(train)} rows do not fill one batch, {batch_size=}")
+    steps_per_epoch = len(train) // batch_size  # an epoch's remainder is left out, as in the paper
+    steps = max_steps or epochs * steps_per_epoch
+
+    world = start()
+    main = world.rank == 0
+    compute_dtype = models.compute_dtype(dtype, world.device)
+    eos_ids, banned_ids = eos_token_ids(tokenizer, folder), banned_token_ids(tokenizer)
+    policy, visual = load_policy(folder, world, compute_dtype, banned_ids, train_llm, train_connector, train_vit,
+                                 activation_checkpointing=activation_checkpointing)
+    reference = None
+    if kl_loss_coeff or kl_reward_coeff:
+        reference, ref_visual = load_policy(folder, world, compute_dtype, banned_ids, train_llm, train_connector, train_vit,
+                                            master=False)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay)
+    engine = open_engine(rollout, folder, compute_dtype, world, eos_ids, banned_ids, max_prompt_tokens + max_new_tokens,
+                         gpu_memory_utilization, seed)
+    sampling = Sampling(temperature, 1.0, max_new_tokens)  # top_p 1: the ratio would be biased by what top_p cuts off
+
+    if main:
+        os.makedirs(out_dir, exist_ok=True)
+        save_config(config, f"{out_dir}/config.py")
+        files = {name: open(f"{out_dir}/{name}.jsonl", "w", encoding="utf-8") for name in ("metrics", "eval", "samples")}
+        print(f"{len(train)} queries, {steps_per_epoch} steps an epoch, {steps} steps of {batch_size} responses and "
+              f"{updates_per_step} updates; {sum(p.numel() for p in trained):,} parameters trained on {world.world_size} processes")
+
+    def write(name, rows):
+        """Appends the objects to out_dir/<name>.jsonl; only the main process writes."""
+        if main:
+            files[name].writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            files[name].flush()
+
+    def evaluate_all(step, epoch):
+        for split, dataset in datasets.items():
+            rows, samples = evaluate(engine, dataset, tokenizer, max_new_tokens, seed, world, EVALS)
+            write("eval", [dict(step=step, epoch=epoch, split=split, **row) for row in rows])
+            write("samples", [dict(step=step, split=split, **sample) for sample in samples[:save_samples]])
+            if main:
+                show_table(f"epoch {epoch} {split}", rows)
+
+    # the same weights by way of the sync as by way of the disk, and the same log-probabilities in engine and trainer
+    engine.load_weights(gather_weights(policy, compute_dtype))
+    probe = [(world.rank + i * world.world_size) % len(train) for i in range(4)]
+    difference = parity(engine, policy, visual, train, probe, sampling, tokenizer.pad_token_id, max_tokens_per_microbatch, world.device)
+    if main:
+        print(f"before step 1: rollout/logprob_diff {difference:.1e} nats a token (mean, trainer against engine)")
+    if not difference <= max_logprob_diff:
+        engine.close()
+        raise UserError(f"trainer and engine disagree: mean |logprob difference| {difference:.3g} > {max_logprob_diff=}; check that both "
+                        "read the same model folder, the engine's dtype, and the versions in requirements.txt (M-RoPE)")
+    if eval_every_epochs:
+        evaluate_all(0, 0)
+
+    update = 0  # optimizer steps so far, skipped ones included
+    for step in range(1, steps + 1):
+        t_start = time.perf_counter()
+        epoch = (step - 1) // steps_per_epoch  # passes over the data that are finished
+
+        # 1) Data Flow ------------------------------------------------------------------------------------------------
+        # in: the step's queries, a function of (seed, epoch). out: token ids with image placeholders, pixels and grids of
+        # this rank's rows. row p of the step belongs to rank p % world_size, so that no minibatch depends on the ranks.
+        first = (step - 1) % steps_per_epoch * batch_size
+        batch_rows = order(len(train), seed, epoch)[first:first + batch_size]
+        mine = batch_rows[world.rank::world.world_size]
+        inputs = [train.inputs(i) for i in mine]
+
+        # 2) Response Collection --------------------------------------------------------------------------------------
+        # in: this rank's rows. out: one response to each, as token ids with the engine's log-probabilities.
+        # ids go into training as they are: decoded and tokenised again they could be others.
+        seeds = [request_seed(seed, step, train.samples[i].id, 0) for i in mine]
+        completions = engine.generate(train, mine, seeds, sampling)
+        responses = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
+        t_rollout = time.perf_counter()
+
+        # 3) Trajectory Generation ------------------------------------------------------------------------------------
+        # in: queries and responses. out: a Trajectory: one padded batch, log-probabilities of policy and reference, rewards.
+        batch = pack(policy, [x.query_ids for x in inputs], [c.token_ids for c in completions], [x.grid_thw for x in inputs],
+                     tokenizer.pad_token_id, world.device)
+        images = [models.ImageInput(x.pixel_values, x.grid_thw) for x in inputs]
+        image_features = images if visual is None else encode_images(visual, images)  # once, for all forwards of the step
+        logprobs, entropy = response_logprobs(policy, batch, image_features, max_tokens_per_microbatch, temperature)
+        ref_logprobs = logprobs.new_zeros(logprobs.shape)
+        if reference is not None:
+            ref_logprobs, _ = response_logprobs(reference, batch, image_features, max_tokens_per_microbatch, temperature)
+
+        verdicts = judge_batch([(response, train.samples[i].answer) for response, i in zip(responses, mine)])
+        accuracy_rewards = torch.tensor([float(v.correct) for v in verdicts], dtype=torch.float64)
+        language_rewards = torch.tensor([language_reward(response) for response in responses], dtype=torch.float64)
+        format_rewards = torch.tensor([format_reward(response) for response in responses], dtype=torch.float64)
+        scores = accuracy_rewards + language_reward_coeff * language_rewards + format_reward_coeff * format_rewards
+        ended = torch.tensor([c.finish_reason == "stop" for c in completions])
+        if no_eos_score:
+            scores = torch.where(ended, scores, no_eos_score)
+        trajectory = Trajectory(*batch, logprobs, ref_logprobs, engine_logprobs(completions, batch.response_mask), entropy,
+                                accuracy_rewards, language_rewards, format_rewards, scores.float().to(world.device),
+                                batch.response_mask.sum(1), image_features)
+        t_trajectory = time.perf_counter()
+
+        # 4) Policy Update --------------------------------------------------------------------------------------------
+        # in: the Trajectory. out: batch_size / minibatch_size * ppo_epochs optimizer steps.
+        mask = trajectory.response_mask
+        kl = k3(trajectory.logprobs, trajectory.ref_logprobs) * mask if reference is not None else torch.zeros_like(logprobs)
+        rewards = token_rewards(trajectory.scores, kl, mask, kl_reward_coeff)  # (B, R)
+        advantages = whiten(discounted_returns(rewards, gamma), mask)  # (B, R); no critic: the baseline is the step's mean
+
+        sums = torch.zeros(3 + len(METRICS_PER_TOKEN), dtype=torch.float64, device=world.device)  # pg, kl, tokens, per-token
+        grad_norms, skipped = [], 0
+        local_minibatch = minibatch_size // world.world_size
+        for start_row in list(range(0, len(mine), local_minibatch)) * ppo_epochs:
+            minibatch = torch.arange(start_row, start_row + local_minibatch)
+            tokens = all_sum([mask[minibatch].sum().item()]).item()  # response tokens of the minibatch, all ranks
+            for rows, real in models.microbatches(trajectory.attention_mask[minibatch].sum(1).tolist(), max_tokens_per_microbatch):
+                rows = minibatch[rows]
+                part = select(trajectory, rows)
+                R = part.response_mask.shape[1]
+                new_logprobs, _ = policy(part.query_responses, part.position_ids, part.attention_mask,
+                                         [image_features[i] for i in rows], part.response_mask, temperature)
+                pg_loss, kl_loss, ratio, clipped = policy_loss(new_logprobs, trajectory.logprobs[rows, :R],
+                                                               trajectory.ref_logprobs[rows, :R], advantages[rows, :R], clip_low, clip_high)
+                weights = loss_weights(part.response_mask, loss_agg, minibatch_size, tokens) * real
+                kl_loss = kl_loss if reference is not None else torch.zeros_like(pg_loss)
+                loss = (weights * (pg_loss + kl_loss_coeff * kl_loss)).sum()
+                (loss * world.world_size).backward()  # FSDP averages gradients over ranks; the weights want their sum
+                with torch.no_grad():
+                    counted = part.response_mask * real
+                    approx_kl = ratio - 1 - ratio.log()  # k3 of the policy now against the policy that sampled
+                    sums += torch.stack([x.double().sum() for x in (weights * pg_loss, weights * kl_loss, counted, ratio * counted,
+                                                                    clipped * counted, approx_kl * counted)])
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(update, steps * updates_per_step, learning_rate, warmup_ratio)
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained, clip_grad_norm or math.inf)
+            grad_norm = grad_norm.full_tensor().item()  # over all ranks, so all take the same branch
+            if math.isfinite(grad_norm):
+                optimizer.step()
+                grad_norms.append(grad_norm)
+            else:
+                skipped += 1
+                if main:
+                    print(f"step {step}: gradient norm {grad_norm}: update {update} SKIPPED, the weights stay as they were")
+            optimizer.zero_grad(set_to_none=True)
+            update += 1
+        t_update = time.perf_counter()
+        engine.load_weights(gather_weights(policy, compute_dtype))  # from here on the engine is the new policy
+        t_sync = time.perf_counter()
+
+        # log: every number is over all responses and tokens of the step, all ranks, whoever sampled them -------------
+        difference = (trajectory.logprobs - trajectory.rollout_logprobs).abs() * mask
+        token_sums = all_sum([x.double().sum().item() for x in (mask, difference, kl, trajectory.entropy * mask)])
+        n_tokens, difference, kl, mean_entropy = (token_sums / token_sums[0]).tolist()
+        n_tokens = int(token_sums[0])
+        sums = all_sum(sums).tolist()
+        records = [dict(id=train.samples[i].id, image=train.samples[i].image, question=train.samples[i].question,
+                        answer=train.samples[i].answer, response=response, correct=v.correct, error=v.error, score=float(score),
+                        rewards=dict(accuracy=a, language=la, format=f), length=len(c.token_ids), finish_reason=c.finish_reason,
+                        query_length=len(x.query_ids))
+                   for i, response, v, score, a, la, f, c, x in zip(mine, responses, verdicts, scores.tolist(), accuracy_rewards.tolist(),
+                                                                    language_rewards.tolist(), format_rewards.tolist(), completions, inputs)]
+        gathered = gather_json(records)
+        records = [gathered[p % world.world_size][p // world.world_size] for p in range(batch_size)]  # in the order of the data
+
+        def mean(values):
+            return sum(values) / batch_size
+
+        metrics = {
+            "step": step, "epoch": epoch, "samples": step * batch_size,
+            "train/accuracy": mean(r["correct"] for r in records), "train/score": mean(r["score"] for r in records),
+            **{f"reward/{name}": mean(r["rewards"][name] for r in records) for name in ("accuracy", "language", "format")},
+            "response/length": mean(r["length"] for r in records),
+            "response/clip_ratio": mean(r["finish_reason"] != "stop" for r in records),
+            **reflection_metrics(tally([r["response"] for r in records], [r["correct"] for r in records])),
+            "policy/loss": (sums[0] + kl_loss_coeff * sums[1]) / updates_per_step,
+            "policy/pg_loss": sums[0] / updates_per_step, "policy/kl_loss": sums[1] / updates_per_step if reference is not None else None,
+            "policy/entropy": mean_entropy,
+            **{name: total / sums[2] for name, total in zip(METRICS_PER_TOKEN, sums[3:])},
+            "policy/grad_norm": sum(grad_norms) / len(grad_norms) if grad_norms else None,
+            "policy/lr": optimizer.param_groups[0]["lr"], "policy/updates": len(grad_norms), "policy/skipped": skipped,
+            "rollout/logprob_diff": difference, "rollout/kl": kl if reference is not None else None,
+            "judge/errors": sum(bool(r["error"]) for r in records),
+            "time/rollout_s": t_rollout - t_start, "time/trajectory_s": t_trajectory - t_rollout,
+            "time/update_s": t_update - t_trajectory, "time/sync_s": t_sync - t_update, "time/step_s": time.perf_counter() - t_start,
+            "tokens/prompt": sum(r["query_length"] for r in records), "tokens/response": n_tokens,
+            "memory/peak_gb": (torch.cuda.max_memory_allocated() / 1e9 if world.device.type == "cuda"
+                               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)}
+        write("metrics", [metrics])
+        write("samples", [dict(step=step, split="train", **r) for r in records[:save_samples]])
+        if main:
+            m = {name: math.nan if value is None else value for name, value in metrics.items()}
+            print(f"step {step}/{steps} | score {m['train/score']:.2f} acc {m['train/accuracy']:.2f} | len {m['response/length']:.1f} clipped "
+                  f"{m['response/clip_ratio']:.0%} | kl {m['rollout/kl']:.1e} clipfrac {m['policy/clipfrac']:.2f} ent {m['policy/entropy']:.2f} "
+                  f"| logp diff {m['rollout/logprob_diff']:.0e} | gen {m['time/rollout_s']:.1f}s traj {m['time/trajectory_s']:.1f}s "
+                  f"upd {m['time/update_s']:.1f}s", flush=True)
+        done = step == steps
+        if eval_every_epochs and (done or step % (steps_per_epoch * eval_every_epochs) == 0):
+            evaluate_all(step, step // steps_per_epoch)
+        if done or (save_every_steps and step % save_every_steps == 0):
+            save_checkpoint(out_dir, step, policy, visual, folder, compute_dtype, world.rank)
+
+    engine.close()
+    dist.barrier()
+    dist.destroy_process_group()

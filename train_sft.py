@@ -1,0 +1,179 @@
+"""Supervised fine-tuning on written solutions: the baseline that the paper compares RL with. Same data format, same prompt,
+same model code and same evaluation as train_rl.py; only the loss differs.
+
+    python train_sft.py config/toy_sft.py
+    torchrun --nproc_per_node=8 train_sft.py config/mm_math_sft.py
+
+The loss is the mean of -log p over all solution tokens of the batch, EOS included, on all ranks: a sum divided by a global count.
+The paper shipped results of its baseline, but no code; batch, learning rate and schedule are those of its appendix.
+"""
+import json
+import math
+import os
+import resource
+import time
+
+import torch
+import torch.distributed as dist
+
+from configurator import UserError, configure, save_config
+from data import Dataset, load_processor, order
+from distributed import all_sum, start
+from evaluate import EVALS, evaluate, show_table
+from model import (ImageInput, compute_dtype, encode_images, gather_weights, learning_rate_at, load_config, load_policy, local_folder,
+                   microbatches, pack, save_checkpoint, select)
+from rollout import banned_token_ids, eos_token_ids, open_engine
+
+# ---------------------------------------------------------------------------------------------------------------------
+out_dir = "out/sft"  # config.py, metrics.jsonl, eval.jsonl, samples.jsonl and checkpoints/ go here
+seed = 0  # the data order follows from it
+# model and data
+model = ""  # folder or hub name of a Qwen2-VL or Qwen2.5-VL
+train_data = ""  # rows with a solution, in the paper's jsonl; `python data.py` says how to get some
+val_data = ""  # evaluated as split validation; '' leaves it out
+test_data = ""  # evaluated as split test; '' leaves it out
+min_pixels = 3136  # smaller images are enlarged
+max_pixels = 1003520  # larger images are shrunk: 1280 * 28 * 28 = 1280 image tokens
+max_prompt_tokens = 2048  # a longer prompt is an error at start
+# length of the run
+epochs = 30  # passes over the training rows (paper)
+max_steps = 0  # updates of the run; 0 = all epochs
+batch_size = 16  # rows of an update over all ranks (paper)
+max_tokens_per_microbatch = 16384  # padded tokens of one forward and backward on a rank; less = less memory, same gradient
+# optimizer
+learning_rate = 1e-5  # AdamW's peak; cosine to 0 after the warm-up (paper)
+warmup_ratio = 0.1  # fraction of the updates over which the learning rate rises
+adam_beta1 = 0.9  # decay of the mean of gradients
+adam_beta2 = 0.95  # decay of the mean of their squares
+adam_eps = 1e-5  # added to the root of the latter
+weight_decay = 0.01  # AdamW's, times the learning rate
+clip_grad_norm = 1.0  # longer gradients are scaled to this norm; 0 turns it off
+train_llm = True  # True trains the language model
+train_connector = False  # True trains the merger between tower and language model
+train_vit = False  # True trains the vision tower
+dtype = "auto"  # compute: 'float32', 'bfloat16', or 'auto' (bfloat16 on GPU, float32 on CPU); master weights are float32
+activation_checkpointing = True  # True recomputes each layer in backward: less memory, a third more compute
+# evaluation and what is written
+rollout = "vllm"  # 'vllm' or 'hf': what samples the evaluation's responses
+max_new_tokens = 2048  # tokens of an evaluation's response at most
+gpu_memory_utilization = 0.8  # fraction of its GPU that vLLM takes
+eval_every_epochs = 1  # evaluate after every so many epochs, before the first update and after the last; 0 = never
+save_every_steps = 0  # checkpoint after every so many updates; 0 = only after the last
+save_dtype = "auto"  # of the checkpoint's tensors: 'float32', 'bfloat16', or 'auto': the compute dtype
+save_samples = 16  # evaluation responses that go to samples.jsonl, of each split
+log_every = 1  # updates between two printed lines; metrics.jsonl gets every update
+# ---------------------------------------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    config = configure(globals())
+    for knob, value in (("model", model), ("train_data", train_data)):
+        if not value:
+            raise UserError(f"command line: {knob} is empty; start from a config, such as python train_sft.py config/toy_sft.py")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if batch_size % world_size:
+        raise UserError(f"config: batch_size must be a multiple of the number of processes, got {batch_size=} {world_size=}")
+
+    folder = local_folder(model)
+    load_config(folder)
+    tokenizer, image_processor = load_processor(folder)
+    train = Dataset(train_data, tokenizer, image_processor, min_pixels, max_pixels, max_prompt_tokens, need_solution=True)
+    datasets = {split: Dataset(path, tokenizer, image_processor, min_pixels, max_pixels, max_prompt_tokens)
+                for split, path in (("validation", val_data), ("test", test_data)) if path and eval_every_epochs}
+    steps_per_epoch = len(train) // batch_size
+    if steps_per_epoch == 0:
+        raise UserError(f"{train_data}: {len(train)} rows do not fill one batch, {batch_size=}")
+    steps = max_steps or epochs * steps_per_epoch
+
+    world = start()
+    main = world.rank == 0
+    dtype_here = compute_dtype(dtype, world.device)
+    save_dtype_here = dtype_here if save_dtype == "auto" else compute_dtype(save_dtype, world.device)
+    eos_ids, banned_ids = eos_token_ids(tokenizer, folder), banned_token_ids(tokenizer)
+    policy, visual = load_policy(folder, world, dtype_here, banned_ids, train_llm, train_connector, train_vit,
+                                 activation_checkpointing=activation_checkpointing)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay)
+    engine = None
+    if datasets:
+        engine = open_engine(rollout, folder, dtype_here, world, eos_ids, banned_ids, max_prompt_tokens + max_new_tokens,
+                             gpu_memory_utilization, seed)
+    if main:
+        os.makedirs(out_dir, exist_ok=True)
+        save_config(config, f"{out_dir}/config.py")
+        files = {name: open(f"{out_dir}/{name}.jsonl", "w", encoding="utf-8") for name in ("metrics", "eval", "samples")}
+        print(f"{len(train)} rows, {steps_per_epoch} updates of {batch_size} rows an epoch, {steps} updates; "
+              f"{sum(p.numel() for p in trained):,} parameters trained on {world.world_size} processes")
+
+    def write(name, rows):
+        """Appends the objects to out_dir/<name>.jsonl; only the main process writes."""
+        if main:
+            files[name].writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            files[name].flush()
+
+    def evaluate_all(step, epoch):
+        engine.load_weights(gather_weights(policy, dtype_here))
+        for split, dataset in datasets.items():
+            rows, samples = evaluate(engine, dataset, tokenizer, max_new_tokens, seed, world, EVALS)
+            write("eval", [dict(step=step, epoch=epoch, split=split, **row) for row in rows])
+            write("samples", [dict(step=step, split=split, **sample) for sample in samples[:save_samples]])
+            if main:
+                show_table(f"epoch {epoch} {split}", rows)
+
+    if engine:
+        evaluate_all(0, 0)
+    for step in range(1, steps + 1):
+        t_start = time.perf_counter()
+        epoch = (step - 1) // steps_per_epoch  # passes over the data that are finished
+        # 1) the batch: row p of it belongs to rank p % world_size
+        first = (step - 1) % steps_per_epoch * batch_size
+        mine = order(len(train), seed, epoch)[first:first + batch_size][world.rank::world.world_size]
+        inputs = [train.inputs(i) for i in mine]
+        solutions = [tokenizer.encode(train.samples[i].solution, add_special_tokens=False) + [tokenizer.eos_token_id] for i in mine]
+        batch = pack(policy, [x.query_ids for x in inputs], solutions, [x.grid_thw for x in inputs], tokenizer.pad_token_id, world.device)
+        images = [ImageInput(x.pixel_values, x.grid_thw) for x in inputs]
+        image_features = images if visual is None else encode_images(visual, images)
+
+        # 2) forward and backward, micro-batch by micro-batch
+        tokens = all_sum([batch.response_mask.sum().item()]).item()  # solution tokens of the batch, all ranks
+        total_loss = torch.zeros((), dtype=torch.float64, device=world.device)
+        for rows, real in microbatches(batch.attention_mask.sum(1).tolist(), max_tokens_per_microbatch):
+            part = select(batch, rows)
+            logprobs, _ = policy(part.query_responses, part.position_ids, part.attention_mask, [image_features[i] for i in rows],
+                                 part.response_mask, 1.0)
+            loss = -(logprobs * part.response_mask).sum() / tokens * real
+            (loss * world.world_size).backward()  # FSDP averages gradients over ranks; the global count wants their sum
+            total_loss += loss.detach()
+
+        # 3) update
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step - 1, steps, learning_rate, warmup_ratio)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, clip_grad_norm or math.inf).full_tensor().item()
+        if math.isfinite(grad_norm):
+            optimizer.step()
+        elif main:
+            print(f"step {step}: gradient norm {grad_norm}: update SKIPPED, the weights stay as they were")
+        optimizer.zero_grad(set_to_none=True)
+
+        mean_loss = all_sum(total_loss).item()
+        prompt_tokens = all_sum([sum(len(x.query_ids) for x in inputs)]).item()
+        seconds = time.perf_counter() - t_start
+        write("metrics", [{
+            "step": step, "epoch": epoch, "samples": step * batch_size, "policy/loss": mean_loss,
+            "policy/grad_norm": grad_norm if math.isfinite(grad_norm) else None, "policy/lr": optimizer.param_groups[0]["lr"],
+            "policy/updates": int(math.isfinite(grad_norm)), "response/length": tokens / batch_size, "tokens/prompt": int(prompt_tokens),
+            "tokens/response": int(tokens), "time/step_s": seconds,
+            "memory/peak_gb": (torch.cuda.max_memory_allocated() / 1e9 if world.device.type == "cuda"
+                               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)}])
+        done = step == steps
+        if main and (done or step % log_every == 0):
+            print(f"step {step}/{steps} | loss {mean_loss:.4f} | grad norm {grad_norm:.2f} lr {optimizer.param_groups[0]['lr']:.1e} | "
+                  f"{tokens / batch_size:.1f} tokens a solution | {seconds:.2f}s", flush=True)
+        if engine and (done or step % (steps_per_epoch * eval_every_epochs) == 0):
+            evaluate_all(step, step // steps_per_epoch)
+        if done or (save_every_steps and step % save_every_steps == 0):
+            save_checkpoint(out_dir, step, policy, visual, folder, save_dtype_here, world.rank)
+
+    if engine:
+        engine.close()
+    dist.barrier()
+    dist.destroy_process_group()
