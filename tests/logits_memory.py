@@ -6,7 +6,7 @@
 The figure is what the update adds to the process before it: model and batch are there in both cases."""
 import json
 import pathlib
-import resource
+import re
 import sys
 import tempfile
 
@@ -28,6 +28,11 @@ def full_logprobs(hidden, weight, targets, temperature, banned_ids):
     return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
 
+def peak_kb():
+    """The process's largest resident size so far. (ru_maxrss of a child would start at its parent's size.)"""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text()).group(1))
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "full":
         model.chunked_logprobs = full_logprobs
@@ -41,10 +46,10 @@ if __name__ == "__main__":
     batch = model.pack(policy, queries, responses, [grid] * 4, 0, "cpu")
     features = model.encode_images(visual, [model.ImageInput(torch.randn(16, 1176), grid)] * 4)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], 1e-6)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_kb()
     logprobs, _ = policy(batch.query_responses, batch.position_ids, batch.attention_mask, features, batch.response_mask, 1.0)
     logprobs.mean().backward()
     optimizer.step()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    after = peak_kb()
     print(json.dumps({"way": sys.argv[1], "peak_gb": (after - before) / 1e6, "process_gb": after / 1e6}))
     dist.destroy_process_group()
