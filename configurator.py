@@ -165,7 +165,8 @@ def excepthook(kind, error, trace):
     if not issubclass(kind, UserError):
         return sys.__excepthook__(kind, error, trace)
     rank = os.environ.get('RANK', '0')                   # every rank says what it met, it may be the only one
-    print(f'rank {rank}: ' * (rank != '0') + ' '.join(str(error).split('\n')), file=sys.__stderr__, flush=True)  # torch.distributed borrows sys.stderr while hooks run
+    line = f'rank {rank}: ' * (rank != '0') + ' '.join(str(error).split('\n'))
+    print(line, file=sys.__stderr__, flush=True)         # torch.distributed borrows sys.stderr while a hook runs
     raise SystemExit(2)                                  # from a hook this sets the status, and atexit still runs
 
 

@@ -37,7 +37,7 @@ def shard(parameters, world_size):
 
 
 def plan(config, hf_config, world_size, dtype_bytes) -> Plan:
-    """The Plan for resolved knobs, a transformers config and a number of processes; dtype_bytes: 2 for bfloat16, 4 float32."""
+    """The Plan for resolved knobs, a transformers config and a number of processes; dtype_bytes: 2 bfloat16, 4 float32."""
     hf = models.on_meta(hf_config)
     trains_tower = config["train_connector"] or config["train_vit"]
     policy, visual = models.Policy(hf, with_visual=trains_tower), hf.model.visual
@@ -94,12 +94,14 @@ def show_plan(config, world_size):
     print("bytes on the fullest GPU")
     for name, note in (("weights", "float32 master weights, sharded"), ("gradients", "float32, sharded"),
                        ("optimizer", "AdamW's two float32 moments, sharded"), ("reference", f"{dtype}, sharded"),
-                       ("tower", f"frozen vision tower, {dtype}, whole"), ("features", "image features of the step, if all images are largest"),
+                       ("tower", f"frozen vision tower, {dtype}, whole"),
+                       ("features", "image features of the step, if all images are largest"),
                        ("gathered", "largest layer, embedding and head, whole for compute, with gradients"),
                        ("logits", "a chunk of them, three times"), ("engine", "the sampler's own copy (rollout='hf')")):
         print(f"  {name:<10} {getattr(p, name):>16,}  {getattr(p, name) / 1e9:7.2f} GB  {note}")
     total = sum(p[2:])
-    print(f"  {'together':<10} {total:>16,}  {total / 1e9:7.2f} GB  and activations: at most {config['max_tokens_per_microbatch']:,} tokens at a time")
+    print(f"  {'together':<10} {total:>16,}  {total / 1e9:7.2f} GB  and activations: at most "
+          f"{config['max_tokens_per_microbatch']:,} tokens at a time")
     print(f"data        {rows} rows ({source}): {rows} // {batch} = {per_epoch} steps an epoch, {steps} steps in all")
     print(f"a step      {batch} responses, {batch // world_size} on each rank; {per_step} updates of {minibatch} responses, "
           f"{minibatch // world_size} on each rank")

@@ -16,8 +16,7 @@ from configurator import UserError, configure, save_config
 from data import Dataset, load_processor
 from distributed import gather_json, start
 from model import compute_dtype, load_config, local_folder
-from reflection import metrics as reflection_metrics
-from reflection import tally
+from reflection import ratios, tally
 from reward import judge_batch
 from rollout import Sampling, banned_token_ids, eos_token_ids, open_engine, request_seed
 
@@ -36,7 +35,7 @@ gpu_memory_utilization = 0.9  # fraction of the GPU that vLLM takes
 dtype = "auto"  # 'float32', 'bfloat16', or 'auto': bfloat16 on GPU, float32 on CPU
 # ---------------------------------------------------------------------------------------------------------------------
 
-EVALS = ((8, 1.0, 1.0), (1, 0.6, 1.0), (1, 0.01, 0.001))  # (k, temperature, top_p): the paper's pass@8, pass@1 and near-greedy
+EVALS = ((8, 1.0, 1.0), (1, 0.6, 1.0), (1, 0.01, 0.001))  # (k, temperature, top_p): the paper's three settings
 
 
 def wilson(right, n, z=1.96):
@@ -59,20 +58,20 @@ def evaluate(engine, dataset, tokenizer, max_new_tokens, seed, world, evals=EVAL
         completions = engine.generate(dataset, mine, seeds, Sampling(temperature, top_p, max_new_tokens))
         responses = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
         verdicts = judge_batch([(response, dataset.samples[i].answer) for response, i in zip(responses, mine)])
-        gathered = gather_json([dict(row=i, response=response, correct=v.correct, error=v.error, length=len(c.token_ids),
-                                     finish_reason=c.finish_reason)
+        gathered = gather_json([{"row": i, "response": response, "correct": v.correct, "error": v.error,
+                                 "length": len(c.token_ids), "finish_reason": c.finish_reason}
                                 for i, response, v, c in zip(mine, responses, verdicts, completions)])
-        records = sorted((r for part in gathered for r in part), key=lambda r: r["row"])  # stable: the k stay in their order
+        records = sorted((r for part in gathered for r in part), key=lambda r: r["row"])  # stable: the k keep their order
         n = len(dataset)
         solved = sum(any(r["correct"] for r in records[i * k:(i + 1) * k]) for i in range(n))
-        rows.append(dict(setting=setting, k=k, temperature=temperature, top_p=top_p, accuracy=solved / n, n=n, ci95=wilson(solved, n),
-                         response_length=sum(r["length"] for r in records) / (n * k),
-                         clip_ratio=sum(r["finish_reason"] != "stop" for r in records) / (n * k),
-                         judge_errors=sum(bool(r["error"]) for r in records)))
+        rows.append({"setting": setting, "k": k, "temperature": temperature, "top_p": top_p, "accuracy": solved / n, "n": n,
+                     "ci95": wilson(solved, n), "response_length": sum(r["length"] for r in records) / (n * k),
+                     "clip_ratio": sum(r["finish_reason"] != "stop" for r in records) / (n * k),
+                     "judge_errors": sum(bool(r["error"]) for r in records)})
         for r in records:
             sample = dataset.samples[r.pop("row")]
-            samples.append(dict(id=sample.id, image=sample.image, question=sample.question, answer=sample.answer,
-                                response=r.pop("response"), setting=setting, rewards=dict(accuracy=float(r["correct"])), **r))
+            samples.append({"id": sample.id, "image": sample.image, "question": sample.question, "answer": sample.answer,
+                            "setting": setting, "rewards": {"accuracy": float(r["correct"])}, **r})
     return rows, samples
 
 
@@ -88,28 +87,28 @@ if __name__ == "__main__":
     config = configure(globals())
     for knob, value in (("ckpt", ckpt), ("data", data)):
         if not value:
-            raise UserError(f"command line: {knob} is empty; python evaluate.py --ckpt=out/toy/checkpoints/latest --data=data/toy/val.jsonl")
+            raise UserError(f"command line: {knob} is empty; python evaluate.py --ckpt=out/toy/checkpoints/latest "
+                            "--data=data/toy/val.jsonl")
     folder = local_folder(ckpt)
     load_config(folder)  # another architecture is refused here
     tokenizer, image_processor = load_processor(folder)
     dataset = Dataset(data, tokenizer, image_processor, min_pixels, max_pixels, max_prompt_tokens)
     world = start()
-    engine = open_engine(rollout, folder, compute_dtype(dtype, world.device), world, eos_token_ids(tokenizer, folder), banned_token_ids(tokenizer),
-                         max_prompt_tokens + max_new_tokens, gpu_memory_utilization, seed)
+    engine = open_engine(rollout, folder, compute_dtype(dtype, world.device), world, eos_token_ids(tokenizer, folder),
+                         banned_token_ids(tokenizer), max_prompt_tokens + max_new_tokens, gpu_memory_utilization, seed)
     rows, samples = evaluate(engine, dataset, tokenizer, max_new_tokens, seed, world)
     if world.rank == 0:
         show_table(split, rows)
         os.makedirs(out_dir, exist_ok=True)
         save_config(config, f"{out_dir}/config.py")
-        for name, objects in (("eval", [dict(step=None, epoch=None, split=split, **row) for row in rows]),
-                              ("samples", [dict(step=None, split=split, **sample) for sample in samples])):
+        for name, objects in (("eval", rows), ("samples", samples)):
             with open(f"{out_dir}/{name}.jsonl", "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(obj, ensure_ascii=False) + "\n" for obj in objects)
+                file.writelines(json.dumps({"step": None, "epoch": None, "split": split, **obj}, ensure_ascii=False) + "\n"
+                                for obj in objects)
         for row in rows:
             of_setting = [s for s in samples if s["setting"] == row["setting"]]
-            logged = reflection_metrics(tally([s["response"] for s in of_setting], [s["correct"] for s in of_setting]))
-            shown = {name.split("/")[1]: value for name, value in logged.items() if name.startswith("reflection/")}
-            print(f"{row['setting']}: " + ", ".join(f"{name} {'-' if v is None else format(v, '.3f')}" for name, v in shown.items()))
+            shown = ratios(tally([s["response"] for s in of_setting], [s["correct"] for s in of_setting]))
+            print(row["setting"] + ": " + ", ".join(f"{n} {'-' if v is None else format(v, '.3f')}" for n, v in shown.items()))
     engine.close()
     dist.barrier()
     dist.destroy_process_group()

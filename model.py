@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+import resource
 import shutil
 from typing import NamedTuple
 
@@ -69,7 +70,7 @@ class ImageInput(NamedTuple):
 def encode_images(visual, images):
     """A list of (tokens_i, H) features, one for each ImageInput of the list. A Qwen tower has no batch dimension: patches
     of all images stand in one row, cut apart by grid_thw; attention does not cross images."""
-    device, dtype = visual.patch_embed.proj.weight.device, visual.dtype  # a frozen tower leaves no graph: nothing requires a gradient
+    device, dtype = visual.patch_embed.proj.weight.device, visual.dtype  # of a frozen tower: no graph
     merge, features, start = visual.spatial_merge_size ** 2, [], 0
     while start < len(images):
         end, patches = start, 0
@@ -181,7 +182,7 @@ def microbatches(lengths, max_tokens):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the optimizer's schedule, and what the knob dtype means
+# what both trainers share: the schedule of the learning rate, the meaning of the knob dtype, the memory used
 
 def learning_rate_at(update, updates, peak, warmup_ratio):
     """The learning rate of an update (0, 1, ...): linear to peak over the warm-up, then a cosine to 0."""
@@ -193,10 +194,18 @@ def learning_rate_at(update, updates, peak, warmup_ratio):
 
 def compute_dtype(name, device):
     """The torch.dtype of a knob: 'float32', 'bfloat16', or 'auto', which is bfloat16 on a GPU and float32 on a CPU."""
-    names = dict(float32=torch.float32, bfloat16=torch.bfloat16, auto=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    names["auto"] = names["bfloat16" if device.type == "cuda" else "float32"]
     if name not in names:
         raise UserError(f"config: dtype must be one of {', '.join(names)}, got {name!r}")
     return names[name]
+
+
+def peak_gb(device):
+    """The most memory that this process has held so far, in GB: of its GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux gives KiB
 
 
 # ---------------------------------------------------------------------------------------------------------------------

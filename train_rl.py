@@ -16,20 +16,19 @@ The four steps and the objective are those of MAYE (arXiv 2504.02587). Where we 
 import json
 import math
 import os
-import resource
 import time
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-import model as models
 from configurator import UserError, configure, save_config
 from data import Dataset, load_processor, order
 from distributed import all_sum, gather_json, start
 from dryrun import show_plan
 from evaluate import EVALS, evaluate, show_table
-from model import encode_images, gather_weights, learning_rate_at, load_policy, pack, save_checkpoint, select
+from model import (ImageInput, compute_dtype, encode_images, gather_weights, learning_rate_at, load_config, load_policy,
+                   local_folder, microbatches, pack, peak_gb, save_checkpoint, select)
 from reflection import metrics as reflection_metrics
 from reflection import tally
 from reward import format_reward, judge_batch, language_reward
@@ -169,10 +168,11 @@ def response_logprobs(policy, batch, image_features, max_tokens, temperature):
     """logprobs (B, R) and entropy (B, R) of a whole Batch, micro-batch by micro-batch. A collective."""
     logprobs = torch.zeros(batch.response_mask.shape, device=batch.response_mask.device)
     entropy = torch.zeros_like(logprobs)
-    for rows, real in models.microbatches(batch.attention_mask.sum(1).tolist(), max_tokens):
+    for rows, real in microbatches(batch.attention_mask.sum(1).tolist(), max_tokens):
         part = select(batch, rows)
         features = [image_features[i] for i in rows]
-        new, h = policy(part.query_responses, part.position_ids, part.attention_mask, features, part.response_mask, temperature)
+        new, h = policy(part.query_responses, part.position_ids, part.attention_mask, features, part.response_mask,
+                        temperature)
         if real:
             logprobs[rows, :new.shape[1]], entropy[rows, :new.shape[1]] = new, h
     return logprobs, entropy
@@ -186,14 +186,18 @@ def engine_logprobs(completions, mask):
     return padded.to(mask.device)
 
 
+def make_batch(policy, visual, inputs, completions, pad_id, device):
+    """(Batch, image features) of queries and their responses; features are made here, once, for every forward to come."""
+    batch = pack(policy, [x.query_ids for x in inputs], [c.token_ids for c in completions],
+                 [x.grid_thw for x in inputs], pad_id, device)
+    images = [ImageInput(x.pixel_values, x.grid_thw) for x in inputs]
+    return batch, images if visual is None else encode_images(visual, images)
+
+
 def parity(engine, policy, visual, dataset, indices, sampling, pad_id, max_tokens, device):
     """Mean |trainer logprob - engine logprob| over the tokens of one response to each of the rows, all ranks; nats."""
-    inputs = [dataset.inputs(i) for i in indices]
     completions = engine.generate(dataset, indices, [request_seed(0, "parity", i, 0) for i in indices], sampling)
-    batch = pack(policy, [x.query_ids for x in inputs], [c.token_ids for c in completions], [x.grid_thw for x in inputs], pad_id,
-                 device)
-    images = [models.ImageInput(x.pixel_values, x.grid_thw) for x in inputs]
-    features = images if visual is None else encode_images(visual, images)
+    batch, features = make_batch(policy, visual, [dataset.inputs(i) for i in indices], completions, pad_id, device)
     logprobs, _ = response_logprobs(policy, batch, features, max_tokens, sampling.temperature)
     difference = (logprobs - engine_logprobs(completions, batch.response_mask)).abs() * batch.response_mask
     total, count = all_sum([difference.sum().item(), batch.response_mask.sum().item()]).tolist()
@@ -206,11 +210,11 @@ if __name__ == "__main__":
     config = configure(globals())
     for knob, value in (("model", model), ("train_data", train_data)):
         if not value:
-            raise UserError(f"command line: {knob} is empty; start from a config, such as python train_rl.py config/toy.py")
+            raise UserError(f"command line: {knob} is empty; start from a config: python train_rl.py config/toy.py")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % minibatch_size or minibatch_size % world_size:
-        raise UserError(f"config: batch_size must be a multiple of minibatch_size, and that of the number of processes; got "
-                        f"{batch_size=} {minibatch_size=} {world_size=}")
+        raise UserError("config: batch_size must be a multiple of minibatch_size, and that of the number of processes; "
+                        f"got {batch_size=} {minibatch_size=} {world_size=}")
     if loss_agg not in ("seq_mean", "token_mean"):
         raise UserError(f"config: loss_agg must be 'seq_mean' or 'token_mean', got {loss_agg!r}")
     updates_per_step = batch_size // minibatch_size * ppo_epochs
@@ -219,30 +223,30 @@ if __name__ == "__main__":
         raise SystemExit
 
     # --- set-up: data before model, so that a bad row costs seconds
-    folder = models.local_folder(model)
-    models.load_config(folder)  # another architecture is refused here
+    folder = local_folder(model)
+    load_config(folder)  # another architecture is refused here
     tokenizer, image_processor = load_processor(folder)
     datasets = {split: Dataset(path, tokenizer, image_processor, min_pixels, max_pixels, max_prompt_tokens)
                 for split, path in (("train", train_data), ("validation", val_data), ("test", test_data)) if path}
     train = datasets.pop("train")
-    if len(train) < batch_size:
-        raise UserError(f"{train_data}: {len(train)} rows do not fill one batch, {batch_size=}")
     steps_per_epoch = len(train) // batch_size  # an epoch's remainder is left out, as in the paper
+    if steps_per_epoch == 0:
+        raise UserError(f"{train_data}: {len(train)} rows do not fill one batch, {batch_size=}")
     steps = max_steps or epochs * steps_per_epoch
 
     world = start()
     main = world.rank == 0
-    compute_dtype = models.compute_dtype(dtype, world.device)
+    precision = compute_dtype(dtype, world.device)
     eos_ids, banned_ids = eos_token_ids(tokenizer, folder), banned_token_ids(tokenizer)
-    policy, visual = load_policy(folder, world, compute_dtype, banned_ids, train_llm, train_connector, train_vit,
+    policy, visual = load_policy(folder, world, precision, banned_ids, train_llm, train_connector, train_vit,
                                  activation_checkpointing=activation_checkpointing)
     reference = None
     if kl_loss_coeff or kl_reward_coeff:
-        reference, ref_visual = load_policy(folder, world, compute_dtype, banned_ids, train_llm, train_connector, train_vit,
-                                            master=False)
+        reference, _ = load_policy(folder, world, precision, banned_ids, train_llm, train_connector, train_vit,
+                                   master=False)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay)
-    engine = open_engine(rollout, folder, compute_dtype, world, eos_ids, banned_ids, max_prompt_tokens + max_new_tokens,
+    engine = open_engine(rollout, folder, precision, world, eos_ids, banned_ids, max_prompt_tokens + max_new_tokens,
                          gpu_memory_utilization, seed)
     sampling = Sampling(temperature, 1.0, max_new_tokens)  # top_p 1: the ratio would be biased by what top_p cuts off
 
@@ -251,7 +255,8 @@ if __name__ == "__main__":
         save_config(config, f"{out_dir}/config.py")
         files = {name: open(f"{out_dir}/{name}.jsonl", "w", encoding="utf-8") for name in ("metrics", "eval", "samples")}
         print(f"{len(train)} queries, {steps_per_epoch} steps an epoch, {steps} steps of {batch_size} responses and "
-              f"{updates_per_step} updates; {sum(p.numel() for p in trained):,} parameters trained on {world.world_size} processes")
+              f"{updates_per_step} updates; {sum(p.numel() for p in trained):,} parameters trained on "
+              f"{world.world_size} processes")
 
     def write(name, rows):
         """Appends the objects to out_dir/<name>.jsonl; only the main process writes."""
@@ -262,21 +267,23 @@ if __name__ == "__main__":
     def evaluate_all(step, epoch):
         for split, dataset in datasets.items():
             rows, samples = evaluate(engine, dataset, tokenizer, max_new_tokens, seed, world, EVALS)
-            write("eval", [dict(step=step, epoch=epoch, split=split, **row) for row in rows])
-            write("samples", [dict(step=step, split=split, **sample) for sample in samples[:save_samples]])
+            write("eval", [{"step": step, "epoch": epoch, "split": split, **row} for row in rows])
+            write("samples", [{"step": step, "split": split, **sample} for sample in samples[:save_samples]])
             if main:
                 show_table(f"epoch {epoch} {split}", rows)
 
     # the same weights by way of the sync as by way of the disk, and the same log-probabilities in engine and trainer
-    engine.load_weights(gather_weights(policy, compute_dtype))
+    engine.load_weights(gather_weights(policy, precision))
     probe = [(world.rank + i * world.world_size) % len(train) for i in range(4)]
-    difference = parity(engine, policy, visual, train, probe, sampling, tokenizer.pad_token_id, max_tokens_per_microbatch, world.device)
+    difference = parity(engine, policy, visual, train, probe, sampling, tokenizer.pad_token_id,
+                        max_tokens_per_microbatch, world.device)
     if main:
         print(f"before step 1: rollout/logprob_diff {difference:.1e} nats a token (mean, trainer against engine)")
     if not difference <= max_logprob_diff:
         engine.close()
-        raise UserError(f"trainer and engine disagree: mean |logprob difference| {difference:.3g} > {max_logprob_diff=}; check that both "
-                        "read the same model folder, the engine's dtype, and the versions in requirements.txt (M-RoPE)")
+        raise UserError(f"trainer and engine disagree: mean |logprob difference| {difference:.3g} > {max_logprob_diff=}; "
+                        "check that both read the same model folder, the engine's dtype, and the versions in "
+                        "requirements.txt (M-RoPE)")
     if eval_every_epochs:
         evaluate_all(0, 0)
 
@@ -286,11 +293,10 @@ if __name__ == "__main__":
         epoch = (step - 1) // steps_per_epoch  # passes over the data that are finished
 
         # 1) Data Flow ------------------------------------------------------------------------------------------------
-        # in: the step's queries, a function of (seed, epoch). out: token ids with image placeholders, pixels and grids of
-        # this rank's rows. row p of the step belongs to rank p % world_size, so that no minibatch depends on the ranks.
+        # in: the step's queries, a function of (seed, epoch). out: token ids with image placeholders, pixels and grids
+        # of this rank's rows. row p of the step belongs to rank p % world_size: no minibatch depends on the ranks.
         first = (step - 1) % steps_per_epoch * batch_size
-        batch_rows = order(len(train), seed, epoch)[first:first + batch_size]
-        mine = batch_rows[world.rank::world.world_size]
+        mine = order(len(train), seed, epoch)[first:first + batch_size][world.rank::world.world_size]
         inputs = [train.inputs(i) for i in mine]
 
         # 2) Response Collection --------------------------------------------------------------------------------------
@@ -302,59 +308,73 @@ if __name__ == "__main__":
         t_rollout = time.perf_counter()
 
         # 3) Trajectory Generation ------------------------------------------------------------------------------------
-        # in: queries and responses. out: a Trajectory: one padded batch, log-probabilities of policy and reference, rewards.
-        batch = pack(policy, [x.query_ids for x in inputs], [c.token_ids for c in completions], [x.grid_thw for x in inputs],
-                     tokenizer.pad_token_id, world.device)
-        images = [models.ImageInput(x.pixel_values, x.grid_thw) for x in inputs]
-        image_features = images if visual is None else encode_images(visual, images)  # once, for all forwards of the step
+        # in: queries and responses. out: a Trajectory: one padded batch, log-probabilities of policy and reference, and
+        # rewards; and a record of each response for people to read.
+        batch, image_features = make_batch(policy, visual, inputs, completions, tokenizer.pad_token_id, world.device)
         logprobs, entropy = response_logprobs(policy, batch, image_features, max_tokens_per_microbatch, temperature)
-        ref_logprobs = logprobs.new_zeros(logprobs.shape)
+        ref_logprobs = torch.zeros_like(logprobs)
         if reference is not None:
             ref_logprobs, _ = response_logprobs(reference, batch, image_features, max_tokens_per_microbatch, temperature)
 
+        records = []
         verdicts = judge_batch([(response, train.samples[i].answer) for response, i in zip(responses, mine)])
-        accuracy_rewards = torch.tensor([float(v.correct) for v in verdicts], dtype=torch.float64)
-        language_rewards = torch.tensor([language_reward(response) for response in responses], dtype=torch.float64)
-        format_rewards = torch.tensor([format_reward(response) for response in responses], dtype=torch.float64)
-        scores = accuracy_rewards + language_reward_coeff * language_rewards + format_reward_coeff * format_rewards
-        ended = torch.tensor([c.finish_reason == "stop" for c in completions])
-        if no_eos_score:
-            scores = torch.where(ended, scores, no_eos_score)
-        trajectory = Trajectory(*batch, logprobs, ref_logprobs, engine_logprobs(completions, batch.response_mask), entropy,
-                                accuracy_rewards, language_rewards, format_rewards, scores.float().to(world.device),
-                                batch.response_mask.sum(1), image_features)
+        for i, x, completion, response, verdict in zip(mine, inputs, completions, responses, verdicts):
+            sample = train.samples[i]
+            rewards = {"accuracy": float(verdict.correct), "language": language_reward(response),
+                       "format": format_reward(response)}
+            score = (rewards["accuracy"] + language_reward_coeff * rewards["language"]
+                     + format_reward_coeff * rewards["format"])
+            if no_eos_score and completion.finish_reason != "stop":
+                score = no_eos_score
+            records.append({"id": sample.id, "image": sample.image, "question": sample.question, "answer": sample.answer,
+                            "response": response, "correct": verdict.correct, "error": verdict.error, "score": score,
+                            "rewards": rewards, "length": len(completion.token_ids), "query_length": len(x.query_ids),
+                            "finish_reason": completion.finish_reason})
+
+        def column(values):
+            return torch.tensor(list(values), dtype=torch.float32, device=world.device)  # (B,)
+
+        trajectory = Trajectory(
+            *batch, logprobs, ref_logprobs, engine_logprobs(completions, batch.response_mask), entropy,
+            column(r["rewards"]["accuracy"] for r in records), column(r["rewards"]["language"] for r in records),
+            column(r["rewards"]["format"] for r in records), column(r["score"] for r in records),
+            batch.response_mask.sum(1), image_features)
         t_trajectory = time.perf_counter()
 
         # 4) Policy Update --------------------------------------------------------------------------------------------
-        # in: the Trajectory. out: batch_size / minibatch_size * ppo_epochs optimizer steps.
+        # in: the Trajectory. out: batch_size / minibatch_size * ppo_epochs optimizer steps, and the engine up to date.
         mask = trajectory.response_mask
-        kl = k3(trajectory.logprobs, trajectory.ref_logprobs) * mask if reference is not None else torch.zeros_like(logprobs)
+        kl = k3(trajectory.logprobs, trajectory.ref_logprobs) * mask if reference else torch.zeros_like(logprobs)
         rewards = token_rewards(trajectory.scores, kl, mask, kl_reward_coeff)  # (B, R)
         advantages = whiten(discounted_returns(rewards, gamma), mask)  # (B, R); no critic: the baseline is the step's mean
 
-        sums = torch.zeros(3 + len(METRICS_PER_TOKEN), dtype=torch.float64, device=world.device)  # pg, kl, tokens, per-token
+        sums = torch.zeros(3 + len(METRICS_PER_TOKEN), dtype=torch.float64, device=world.device)  # pg, kl, tokens, ...
         grad_norms, skipped = [], 0
         local_minibatch = minibatch_size // world.world_size
         for start_row in list(range(0, len(mine), local_minibatch)) * ppo_epochs:
             minibatch = torch.arange(start_row, start_row + local_minibatch)
             tokens = all_sum([mask[minibatch].sum().item()]).item()  # response tokens of the minibatch, all ranks
-            for rows, real in models.microbatches(trajectory.attention_mask[minibatch].sum(1).tolist(), max_tokens_per_microbatch):
+            lengths = trajectory.attention_mask[minibatch].sum(1).tolist()
+            for rows, real in microbatches(lengths, max_tokens_per_microbatch):
                 rows = minibatch[rows]
                 part = select(trajectory, rows)
                 R = part.response_mask.shape[1]
                 new_logprobs, _ = policy(part.query_responses, part.position_ids, part.attention_mask,
                                          [image_features[i] for i in rows], part.response_mask, temperature)
-                pg_loss, kl_loss, ratio, clipped = policy_loss(new_logprobs, trajectory.logprobs[rows, :R],
-                                                               trajectory.ref_logprobs[rows, :R], advantages[rows, :R], clip_low, clip_high)
+                pg_loss, kl_loss, ratio, clipped = policy_loss(
+                    new_logprobs, trajectory.logprobs[rows, :R], trajectory.ref_logprobs[rows, :R], advantages[rows, :R],
+                    clip_low, clip_high)
+                if reference is None:
+                    kl_loss = torch.zeros_like(pg_loss)
                 weights = loss_weights(part.response_mask, loss_agg, minibatch_size, tokens) * real
-                kl_loss = kl_loss if reference is not None else torch.zeros_like(pg_loss)
                 loss = (weights * (pg_loss + kl_loss_coeff * kl_loss)).sum()
                 (loss * world.world_size).backward()  # FSDP averages gradients over ranks; the weights want their sum
                 with torch.no_grad():
                     counted = part.response_mask * real
-                    approx_kl = ratio - 1 - ratio.log()  # k3 of the policy now against the policy that sampled
-                    sums += torch.stack([x.double().sum() for x in (weights * pg_loss, weights * kl_loss, counted, ratio * counted,
-                                                                    clipped * counted, approx_kl * counted)])
+                    approx_kl = ratio - 1 - ratio.log()  # k3 of the policy that sampled against the policy now
+                    sums += torch.stack([x.double().sum() for x in (
+                        weights * pg_loss, weights * kl_loss, counted, ratio * counted, clipped * counted,
+                        approx_kl * counted)])
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(update, steps * updates_per_step, learning_rate, warmup_ratio)
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, clip_grad_norm or math.inf)
@@ -365,27 +385,20 @@ if __name__ == "__main__":
             else:
                 skipped += 1
                 if main:
-                    print(f"step {step}: gradient norm {grad_norm}: update {update} SKIPPED, the weights stay as they were")
+                    print(f"step {step}: gradient norm {grad_norm}: update SKIPPED, the weights stay as they were")
             optimizer.zero_grad(set_to_none=True)
             update += 1
         t_update = time.perf_counter()
-        engine.load_weights(gather_weights(policy, compute_dtype))  # from here on the engine is the new policy
+        engine.load_weights(gather_weights(policy, precision))  # from here on the engine is the new policy
         t_sync = time.perf_counter()
 
-        # log: every number is over all responses and tokens of the step, all ranks, whoever sampled them -------------
+        # log: every number is over all responses and tokens of the step, on all ranks ----------------------------------
         difference = (trajectory.logprobs - trajectory.rollout_logprobs).abs() * mask
-        token_sums = all_sum([x.double().sum().item() for x in (mask, difference, kl, trajectory.entropy * mask)])
-        n_tokens, difference, kl, mean_entropy = (token_sums / token_sums[0]).tolist()
-        n_tokens = int(token_sums[0])
+        n_tokens, *token_sums = all_sum([x.double().sum().item() for x in (mask, difference, kl, entropy * mask)]).tolist()
+        difference, kl, mean_entropy = (total / n_tokens for total in token_sums)
         sums = all_sum(sums).tolist()
-        records = [dict(id=train.samples[i].id, image=train.samples[i].image, question=train.samples[i].question,
-                        answer=train.samples[i].answer, response=response, correct=v.correct, error=v.error, score=float(score),
-                        rewards=dict(accuracy=a, language=la, format=f), length=len(c.token_ids), finish_reason=c.finish_reason,
-                        query_length=len(x.query_ids))
-                   for i, response, v, score, a, la, f, c, x in zip(mine, responses, verdicts, scores.tolist(), accuracy_rewards.tolist(),
-                                                                    language_rewards.tolist(), format_rewards.tolist(), completions, inputs)]
         gathered = gather_json(records)
-        records = [gathered[p % world.world_size][p // world.world_size] for p in range(batch_size)]  # in the order of the data
+        records = [gathered[p % world.world_size][p // world.world_size] for p in range(batch_size)]  # in the data's order
 
         def mean(values):
             return sum(values) / batch_size
@@ -398,31 +411,32 @@ if __name__ == "__main__":
             "response/clip_ratio": mean(r["finish_reason"] != "stop" for r in records),
             **reflection_metrics(tally([r["response"] for r in records], [r["correct"] for r in records])),
             "policy/loss": (sums[0] + kl_loss_coeff * sums[1]) / updates_per_step,
-            "policy/pg_loss": sums[0] / updates_per_step, "policy/kl_loss": sums[1] / updates_per_step if reference is not None else None,
-            "policy/entropy": mean_entropy,
+            "policy/pg_loss": sums[0] / updates_per_step,
+            "policy/kl_loss": sums[1] / updates_per_step if reference else None, "policy/entropy": mean_entropy,
             **{name: total / sums[2] for name, total in zip(METRICS_PER_TOKEN, sums[3:])},
             "policy/grad_norm": sum(grad_norms) / len(grad_norms) if grad_norms else None,
             "policy/lr": optimizer.param_groups[0]["lr"], "policy/updates": len(grad_norms), "policy/skipped": skipped,
-            "rollout/logprob_diff": difference, "rollout/kl": kl if reference is not None else None,
+            "rollout/logprob_diff": difference, "rollout/kl": kl if reference else None,
             "judge/errors": sum(bool(r["error"]) for r in records),
             "time/rollout_s": t_rollout - t_start, "time/trajectory_s": t_trajectory - t_rollout,
-            "time/update_s": t_update - t_trajectory, "time/sync_s": t_sync - t_update, "time/step_s": time.perf_counter() - t_start,
-            "tokens/prompt": sum(r["query_length"] for r in records), "tokens/response": n_tokens,
-            "memory/peak_gb": (torch.cuda.max_memory_allocated() / 1e9 if world.device.type == "cuda"
-                               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)}
+            "time/update_s": t_update - t_trajectory, "time/sync_s": t_sync - t_update,
+            "time/step_s": time.perf_counter() - t_start,
+            "tokens/prompt": sum(r["query_length"] for r in records), "tokens/response": int(n_tokens),
+            "memory/peak_gb": peak_gb(world.device)}
         write("metrics", [metrics])
-        write("samples", [dict(step=step, split="train", **r) for r in records[:save_samples]])
+        write("samples", [{"step": step, "split": "train", **r} for r in records[:save_samples]])
         if main:
             m = {name: math.nan if value is None else value for name, value in metrics.items()}
-            print(f"step {step}/{steps} | score {m['train/score']:.2f} acc {m['train/accuracy']:.2f} | len {m['response/length']:.1f} clipped "
-                  f"{m['response/clip_ratio']:.0%} | kl {m['rollout/kl']:.1e} clipfrac {m['policy/clipfrac']:.2f} ent {m['policy/entropy']:.2f} "
-                  f"| logp diff {m['rollout/logprob_diff']:.0e} | gen {m['time/rollout_s']:.1f}s traj {m['time/trajectory_s']:.1f}s "
-                  f"upd {m['time/update_s']:.1f}s", flush=True)
+            print(f"step {step}/{steps} | score {m['train/score']:.2f} acc {m['train/accuracy']:.2f} | "
+                  f"len {m['response/length']:.1f} clipped {m['response/clip_ratio']:.0%} | kl {m['rollout/kl']:.1e} "
+                  f"clipfrac {m['policy/clipfrac']:.2f} ent {m['policy/entropy']:.2f} | "
+                  f"logp diff {m['rollout/logprob_diff']:.0e} | gen {m['time/rollout_s']:.1f}s "
+                  f"traj {m['time/trajectory_s']:.1f}s upd {m['time/update_s']:.1f}s", flush=True)
         done = step == steps
         if eval_every_epochs and (done or step % (steps_per_epoch * eval_every_epochs) == 0):
             evaluate_all(step, step // steps_per_epoch)
         if done or (save_every_steps and step % save_every_steps == 0):
-            save_checkpoint(out_dir, step, policy, visual, folder, compute_dtype, world.rank)
+            save_checkpoint(out_dir, step, policy, visual, folder, precision, world.rank)
 
     engine.close()
     dist.barrier()

@@ -4,13 +4,12 @@ same model code and same evaluation as train_rl.py; only the loss differs.
     python train_sft.py config/toy_sft.py
     torchrun --nproc_per_node=8 train_sft.py config/mm_math_sft.py
 
-The loss is the mean of -log p over all solution tokens of the batch, EOS included, on all ranks: a sum divided by a global count.
+The loss is the mean of -log p over the solution tokens of the batch, EOS included, on all ranks: a sum over a global count.
 The paper shipped results of its baseline, but no code; batch, learning rate and schedule are those of its appendix.
 """
 import json
 import math
 import os
-import resource
 import time
 
 import torch
@@ -20,8 +19,8 @@ from configurator import UserError, configure, save_config
 from data import Dataset, load_processor, order
 from distributed import all_sum, start
 from evaluate import EVALS, evaluate, show_table
-from model import (ImageInput, compute_dtype, encode_images, gather_weights, learning_rate_at, load_config, load_policy, local_folder,
-                   microbatches, pack, save_checkpoint, select)
+from model import (ImageInput, compute_dtype, encode_images, gather_weights, learning_rate_at, load_config, load_policy,
+                   local_folder, microbatches, pack, peak_gb, save_checkpoint, select)
 from rollout import banned_token_ids, eos_token_ids, open_engine
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,10 +67,11 @@ if __name__ == "__main__":
     config = configure(globals())
     for knob, value in (("model", model), ("train_data", train_data)):
         if not value:
-            raise UserError(f"command line: {knob} is empty; start from a config, such as python train_sft.py config/toy_sft.py")
+            raise UserError(f"command line: {knob} is empty; start from a config: python train_sft.py config/toy_sft.py")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % world_size:
-        raise UserError(f"config: batch_size must be a multiple of the number of processes, got {batch_size=} {world_size=}")
+        raise UserError("config: batch_size must be a multiple of the number of processes, got "
+                        f"{batch_size=} {world_size=}")
 
     folder = local_folder(model)
     load_config(folder)
@@ -86,16 +86,16 @@ if __name__ == "__main__":
 
     world = start()
     main = world.rank == 0
-    dtype_here = compute_dtype(dtype, world.device)
-    save_dtype_here = dtype_here if save_dtype == "auto" else compute_dtype(save_dtype, world.device)
+    precision = compute_dtype(dtype, world.device)
+    save_precision = precision if save_dtype == "auto" else compute_dtype(save_dtype, world.device)
     eos_ids, banned_ids = eos_token_ids(tokenizer, folder), banned_token_ids(tokenizer)
-    policy, visual = load_policy(folder, world, dtype_here, banned_ids, train_llm, train_connector, train_vit,
+    policy, visual = load_policy(folder, world, precision, banned_ids, train_llm, train_connector, train_vit,
                                  activation_checkpointing=activation_checkpointing)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay)
     engine = None
     if datasets:
-        engine = open_engine(rollout, folder, dtype_here, world, eos_ids, banned_ids, max_prompt_tokens + max_new_tokens,
+        engine = open_engine(rollout, folder, precision, world, eos_ids, banned_ids, max_prompt_tokens + max_new_tokens,
                              gpu_memory_utilization, seed)
     if main:
         os.makedirs(out_dir, exist_ok=True)
@@ -111,11 +111,11 @@ if __name__ == "__main__":
             files[name].flush()
 
     def evaluate_all(step, epoch):
-        engine.load_weights(gather_weights(policy, dtype_here))
+        engine.load_weights(gather_weights(policy, precision))
         for split, dataset in datasets.items():
             rows, samples = evaluate(engine, dataset, tokenizer, max_new_tokens, seed, world, EVALS)
-            write("eval", [dict(step=step, epoch=epoch, split=split, **row) for row in rows])
-            write("samples", [dict(step=step, split=split, **sample) for sample in samples[:save_samples]])
+            write("eval", [{"step": step, "epoch": epoch, "split": split, **row} for row in rows])
+            write("samples", [{"step": step, "split": split, **sample} for sample in samples[:save_samples]])
             if main:
                 show_table(f"epoch {epoch} {split}", rows)
 
@@ -128,8 +128,10 @@ if __name__ == "__main__":
         first = (step - 1) % steps_per_epoch * batch_size
         mine = order(len(train), seed, epoch)[first:first + batch_size][world.rank::world.world_size]
         inputs = [train.inputs(i) for i in mine]
-        solutions = [tokenizer.encode(train.samples[i].solution, add_special_tokens=False) + [tokenizer.eos_token_id] for i in mine]
-        batch = pack(policy, [x.query_ids for x in inputs], solutions, [x.grid_thw for x in inputs], tokenizer.pad_token_id, world.device)
+        solutions = [tokenizer.encode(train.samples[i].solution, add_special_tokens=False) + [tokenizer.eos_token_id]
+                     for i in mine]
+        batch = pack(policy, [x.query_ids for x in inputs], solutions, [x.grid_thw for x in inputs], tokenizer.pad_token_id,
+                     world.device)
         images = [ImageInput(x.pixel_values, x.grid_thw) for x in inputs]
         image_features = images if visual is None else encode_images(visual, images)
 
@@ -138,8 +140,8 @@ if __name__ == "__main__":
         total_loss = torch.zeros((), dtype=torch.float64, device=world.device)
         for rows, real in microbatches(batch.attention_mask.sum(1).tolist(), max_tokens_per_microbatch):
             part = select(batch, rows)
-            logprobs, _ = policy(part.query_responses, part.position_ids, part.attention_mask, [image_features[i] for i in rows],
-                                 part.response_mask, 1.0)
+            logprobs, _ = policy(part.query_responses, part.position_ids, part.attention_mask,
+                                 [image_features[i] for i in rows], part.response_mask, 1.0)
             loss = -(logprobs * part.response_mask).sum() / tokens * real
             (loss * world.world_size).backward()  # FSDP averages gradients over ranks; the global count wants their sum
             total_loss += loss.detach()
@@ -159,19 +161,20 @@ if __name__ == "__main__":
         seconds = time.perf_counter() - t_start
         write("metrics", [{
             "step": step, "epoch": epoch, "samples": step * batch_size, "policy/loss": mean_loss,
-            "policy/grad_norm": grad_norm if math.isfinite(grad_norm) else None, "policy/lr": optimizer.param_groups[0]["lr"],
-            "policy/updates": int(math.isfinite(grad_norm)), "response/length": tokens / batch_size, "tokens/prompt": int(prompt_tokens),
-            "tokens/response": int(tokens), "time/step_s": seconds,
-            "memory/peak_gb": (torch.cuda.max_memory_allocated() / 1e9 if world.device.type == "cuda"
-                               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)}])
+            "policy/grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "policy/lr": optimizer.param_groups[0]["lr"], "policy/updates": int(math.isfinite(grad_norm)),
+            "response/length": tokens / batch_size, "tokens/prompt": int(prompt_tokens), "tokens/response": int(tokens),
+            "time/step_s": seconds,
+            "memory/peak_gb": peak_gb(world.device)}])
         done = step == steps
         if main and (done or step % log_every == 0):
-            print(f"step {step}/{steps} | loss {mean_loss:.4f} | grad norm {grad_norm:.2f} lr {optimizer.param_groups[0]['lr']:.1e} | "
-                  f"{tokens / batch_size:.1f} tokens a solution | {seconds:.2f}s", flush=True)
+            print(f"step {step}/{steps} | loss {mean_loss:.4f} | grad norm {grad_norm:.2f} "
+                  f"lr {optimizer.param_groups[0]['lr']:.1e} | {tokens / batch_size:.1f} tokens a solution | "
+                  f"{seconds:.2f}s", flush=True)
         if engine and (done or step % (steps_per_epoch * eval_every_epochs) == 0):
             evaluate_all(step, step // steps_per_epoch)
         if done or (save_every_steps and step % save_every_steps == 0):
-            save_checkpoint(out_dir, step, policy, visual, folder, save_dtype_here, world.rank)
+            save_checkpoint(out_dir, step, policy, visual, folder, save_precision, world.rank)
 
     if engine:
         engine.close()

@@ -72,8 +72,8 @@ def test_first_shard_is_the_largest(tiny_model_dir):
 
 
 def test_command_prints_the_paper_s_arithmetic_without_data_or_weights(folder_7b):
-    done = subprocess.run([sys.executable, "train_rl.py", "config/geo3k.py", "--dry_run=True", f"--model={folder_7b}"], cwd=ROOT,
-                          env=os.environ | {"WORLD_SIZE": "7"}, capture_output=True, text=True)
+    command = [sys.executable, "train_rl.py", "config/geo3k.py", "--dry_run=True", f"--model={folder_7b}"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"WORLD_SIZE": "7"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for words in ("7,615,616,512 trained, 676,550,144 frozen", "2101 // 896 = 2 steps an epoch, 100 steps in all",
                   "896 responses, 128 on each rank; 32 updates of 28 responses, 4 on each rank"):

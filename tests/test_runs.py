@@ -45,7 +45,8 @@ def knobs(tiny_model_dir, tiny_jsonl):
 def first_run(knobs, tmp_path_factory):
     """(out_dir, gradient file) of three steps in one process; the run that the others are held against."""
     folder = tmp_path_factory.mktemp("first")
-    finish([sys.executable, "tests/patched_run.py", *knobs, f"--out_dir={folder / 'out'}"], NANOMAYE_HOOK=f"record:{folder / 'grad'}")
+    command = [sys.executable, "tests/patched_run.py", *knobs, f"--out_dir={folder / 'out'}"]
+    finish(command, NANOMAYE_HOOK=f"record:{folder / 'grad'}")
     return folder / "out", folder / "grad"
 
 
@@ -75,13 +76,13 @@ def test_samples_metrics_and_gradient_do_not_depend_on_ranks_or_micro_batches(fi
 def test_metrics_have_the_promised_keys_and_finite_values(first_run):
     rows = read(first_run[0] / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
-    promised = """step epoch samples train/accuracy train/score reward/accuracy reward/language reward/format response/length
-        response/clip_ratio reflection/reflection_ratio reflection/reflection_ratio_in_correct_answers
+    promised = """step epoch samples train/accuracy train/score reward/accuracy reward/language reward/format
+        response/length response/clip_ratio reflection/reflection_ratio reflection/reflection_ratio_in_correct_answers
         reflection/reflection_ratio_in_incorrect_answers reflection/correct_ratio_in_reflection_texts
-        reflection/correct_ratio_in_no_reflection_texts reflection_words/wait policy/loss policy/pg_loss policy/kl_loss policy/entropy
-        policy/ratio policy/clipfrac policy/approx_kl policy/grad_norm policy/lr policy/updates rollout/logprob_diff rollout/kl
-        judge/errors time/rollout_s time/trajectory_s time/update_s time/sync_s time/step_s tokens/prompt tokens/response
-        memory/peak_gb""".split()
+        reflection/correct_ratio_in_no_reflection_texts reflection_words/wait policy/loss policy/pg_loss policy/kl_loss
+        policy/entropy policy/ratio policy/clipfrac policy/approx_kl policy/grad_norm policy/lr policy/updates
+        rollout/logprob_diff rollout/kl judge/errors time/rollout_s time/trajectory_s time/update_s time/sync_s time/step_s
+        tokens/prompt tokens/response memory/peak_gb""".split()
     for row in rows:
         assert set(promised) <= row.keys()
         assert all(v is None or abs(v) < float("inf") for v in row.values())
@@ -97,7 +98,7 @@ def test_a_nan_gradient_skips_that_update_and_no_other(first_run, knobs, tmp_pat
     ours, theirs = read(tmp_path / "metrics.jsonl"), read(first_run[0] / "metrics.jsonl")
     assert [row["policy/skipped"] for row in ours] == [1, 0, 0] and [row["policy/updates"] for row in ours] == [1, 2, 2]
     assert all(abs(row["policy/loss"]) < float("inf") for row in ours)
-    assert ours[0]["policy/pg_loss"] == theirs[0]["policy/pg_loss"], "the first update and the loss of the second are the same"
+    assert ours[0]["policy/pg_loss"] == theirs[0]["policy/pg_loss"], "the losses before that update are the same"
     assert ours[1]["rollout/kl"] != theirs[1]["rollout/kl"], "but the second was not made"
     weights = load_file(tmp_path / "checkpoints" / "latest" / "model.safetensors")
     assert all(torch.isfinite(t).all() for t in weights.values())
@@ -109,15 +110,15 @@ def test_sft_evaluation_and_the_checkpoint_between_them(knobs, tiny_jsonl, tmp_p
     (tmp_path / "images").symlink_to(pathlib.Path(tiny_jsonl).parent / "images")
     data = tmp_path / "four.jsonl"
     data.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    finish([*TORCHRUN, "train_sft.py", knobs[0], f"--train_data={data}", f"--val_data={data}", f"--out_dir={tmp_path / 'sft'}",
-            "--rollout=hf", "--batch_size=4", "--epochs=60", "--eval_every_epochs=60", "--learning_rate=1e-2", "--warmup_ratio=0.02",
-            "--max_new_tokens=24", "--train_vit=True", "--train_connector=True"])
+    finish([*TORCHRUN, "train_sft.py", knobs[0], f"--train_data={data}", f"--val_data={data}", "--rollout=hf",
+            f"--out_dir={tmp_path / 'sft'}", "--batch_size=4", "--epochs=60", "--eval_every_epochs=60",
+            "--learning_rate=1e-2", "--warmup_ratio=0.02", "--max_new_tokens=24", "--train_vit=True", "--train_connector=True"])
     metrics, evals = read(tmp_path / "sft" / "metrics.jsonl"), read(tmp_path / "sft" / "eval.jsonl")
     assert len(metrics) == 60 and metrics[-1]["policy/loss"] < 0.1 * metrics[0]["policy/loss"]
     greedy = {row["epoch"]: row for row in evals if row["setting"].startswith("pass@1 T=0.01")}
     assert greedy[0]["accuracy"] == 0 and greedy[60]["accuracy"] == 1
-    done = finish([sys.executable, "evaluate.py", f"--ckpt={tmp_path / 'sft/checkpoints/latest'}", f"--data={data}", "--rollout=hf",
-                   f"--out_dir={tmp_path / 'eval'}", "--max_new_tokens=24"])
+    done = finish([sys.executable, "evaluate.py", f"--ckpt={tmp_path / 'sft/checkpoints/latest'}", f"--data={data}",
+                   "--rollout=hf", f"--out_dir={tmp_path / 'eval'}", "--max_new_tokens=24"])
     again = read(tmp_path / "eval" / "eval.jsonl")
     for row, theirs in zip(again, [row for row in evals if row["epoch"] == 60]):
         assert row["accuracy"] == theirs["accuracy"] and row["response_length"] == theirs["response_length"]
@@ -143,8 +144,9 @@ def test_user_errors_are_one_line_and_exit_2(knobs, tiny_jsonl, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "0.png").write_bytes(image.read_bytes())
     (tmp_path / "images" / "cut.png").write_bytes(image.read_bytes()[:60])
-    rows = [good | {"id": "a", "image": "images/none.png"}, good | {"id": "b", "image": "images/cut.png"}, good | {"id": "c", "answer": ""},
-            {k: v for k, v in good.items() if k != "answer"} | {"id": "d"}, good | {"id": "e", "question": "no image here"}]
+    rows = [good | {"id": "a", "image": "images/none.png"}, good | {"id": "b", "image": "images/cut.png"},
+            good | {"id": "c", "answer": ""}, {k: v for k, v in good.items() if k != "answer"} | {"id": "d"},
+            good | {"id": "e", "question": "no image here"}]
     bad.write_text("\n".join(json.dumps(row) for row in rows) + "\nnot json\n", encoding="utf-8")
     command = [sys.executable, "train_rl.py", *knobs, f"--out_dir={tmp_path / 'out'}"]
     for arguments, words in [

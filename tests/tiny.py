@@ -52,11 +52,11 @@ def make_tiny(folder, kind="qwen2_5_vl", tied=True, vocab_size=0, hidden=32, lay
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.dim() > 1:
                 p.normal_(0, 0.2)
-    model.generation_config = GenerationConfig(eos_token_id=[config.text_config.eos_token_id, config.text_config.pad_token_id],
-                                               pad_token_id=config.text_config.pad_token_id)
+    eos_id, pad_id = config.text_config.eos_token_id, config.text_config.pad_token_id
+    model.generation_config = GenerationConfig(eos_token_id=[eos_id, pad_id], pad_token_id=pad_id)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, temporal_patch_size=2,
