@@ -108,7 +108,8 @@ if __name__ == "__main__":
         for row in rows:
             of_setting = [s for s in samples if s["setting"] == row["setting"]]
             shown = ratios(tally([s["response"] for s in of_setting], [s["correct"] for s in of_setting]))
-            print(row["setting"] + ": " + ", ".join(f"{n} {'-' if v is None else format(v, '.3f')}" for n, v in shown.items()))
+            shown = (f"{name} {'-' if value is None else format(value, '.3f')}" for name, value in shown.items())
+            print(row["setting"] + ": " + ", ".join(shown))
     engine.close()
     dist.barrier()
     dist.destroy_process_group()

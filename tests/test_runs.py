@@ -112,7 +112,8 @@ def test_sft_evaluation_and_the_checkpoint_between_them(knobs, tiny_jsonl, tmp_p
     data.write_text("\n".join(rows) + "\n", encoding="utf-8")
     finish([*TORCHRUN, "train_sft.py", knobs[0], f"--train_data={data}", f"--val_data={data}", "--rollout=hf",
             f"--out_dir={tmp_path / 'sft'}", "--batch_size=4", "--epochs=60", "--eval_every_epochs=60",
-            "--learning_rate=1e-2", "--warmup_ratio=0.02", "--max_new_tokens=24", "--train_vit=True", "--train_connector=True"])
+            "--learning_rate=1e-2", "--warmup_ratio=0.02", "--max_new_tokens=24", "--train_vit=True",
+            "--train_connector=True"])
     metrics, evals = read(tmp_path / "sft" / "metrics.jsonl"), read(tmp_path / "sft" / "eval.jsonl")
     assert len(metrics) == 60 and metrics[-1]["policy/loss"] < 0.1 * metrics[0]["policy/loss"]
     greedy = {row["epoch"]: row for row in evals if row["setting"].startswith("pass@1 T=0.01")}
