@@ -218,6 +218,13 @@ def git_commit():
         return 'unknown'
 
 
+def check_at_least(config, least, *knobs):
+    """Raises UserError for the first of the knobs whose value is below least."""
+    for knob in knobs:
+        if not config[knob] >= least:
+            raise UserError(f'config: {knob} must be at least {least}, got {config[knob]!r}')
+
+
 def save_config(config, path):
     """Write config as a config file that repeats the run, with argv, versions and commit as comments. Renamed into
     place, so that a reader never sees half a file; for rank 0 to call."""

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from configurator import UserError
+
 
 class World(NamedTuple):
     rank: int  # 0 .. world_size - 1, over all nodes
@@ -29,6 +31,9 @@ def start(timeout_minutes=120) -> World:
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     timeout = datetime.timedelta(minutes=timeout_minutes)
     cuda = torch.cuda.is_available()
+    if cuda and torch.cuda.device_count() < local_world_size:
+        raise UserError(f"{local_world_size} processes on this node, but {torch.cuda.device_count()} GPUs can be seen; lower "
+                        "torchrun's --nproc_per_node, or set CUDA_VISIBLE_DEVICES= to run on the CPU")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)  # before any collective, or every process opens a context on GPU 0

@@ -9,6 +9,8 @@ import math
 import os
 from typing import NamedTuple
 
+import torch
+
 import model as models
 from configurator import UserError
 from data import SIZES
@@ -25,7 +27,7 @@ class Plan(NamedTuple):
     optimizer: int  # sharded, float32
     reference: int  # sharded, in the compute dtype
     tower: int  # frozen vision tower in the compute dtype, whole on each GPU; 0 when it is trained and so sharded
-    gathered: int  # largest layer plus the embedding-and-head group, unsharded for compute, with their gradients
+    gathered: int  # largest layer and the embedding-and-head group, whole for compute, with gradients as made and in float32
     features: int  # image features of the rank's rows at max_pixels, at most
     logits: int  # one chunk of logits, float32, and its two copies in backward
     engine: int  # unsharded copy of the model for rollout='hf'; 0 with vLLM, which has its own GPU
@@ -56,10 +58,10 @@ def plan(config, hf_config, world_size, dtype_bytes) -> Plan:
         weights=MASTER_BYTES * shard(sharded, world_size), gradients=GRADIENT_BYTES * shard(trained, world_size),
         optimizer=ADAM_BYTES * shard(trained, world_size),
         reference=dtype_bytes * shard(sharded, world_size) if needs_reference else 0, tower=dtype_bytes * tower,
-        gathered=2 * dtype_bytes * (largest + sum(p.numel() for p in root)),
+        gathered=(2 * dtype_bytes + 4) * (largest + sum(p.numel() for p in root)),
         features=dtype_bytes * (config["batch_size"] // world_size * (config["max_pixels"] // (merge * patch) ** 2)
                                 * hf_config.text_config.hidden_size),
-        logits=3 * 4 * models.LOGITS_PER_CHUNK,
+        logits=3 * 4 * models.LOGITS_PER_CHUNK["cuda"],
         engine=dtype_bytes * (sum(p.numel() for p in sharded) + tower) if config["rollout"] == "hf" else 0)
 
 
@@ -78,9 +80,10 @@ def show_plan(config, world_size):
     """Prints the Plan and the arithmetic of the run, on the first process alone."""
     if int(os.environ.get("RANK", 0)) != 0:
         return
-    hf_config = models.load_config(models.local_folder(config["model"]))
-    dtype = "float32" if config["dtype"] == "float32" else "bfloat16"  # 'auto' as on a GPU
-    p = plan(config, hf_config, world_size, 4 if dtype == "float32" else 2)
+    hf_config = models.load_config(models.local_folder(config["model"], patterns=("config.json",)))
+    dtype = models.compute_dtype(config["dtype"], torch.device("cuda"))
+    p = plan(config, hf_config, world_size, dtype.itemsize)
+    dtype = str(dtype).removeprefix("torch.")
     rows, source = training_rows(config["train_data"])
     batch, minibatch = config["batch_size"], config["minibatch_size"]
     per_epoch = rows // batch
@@ -101,7 +104,7 @@ def show_plan(config, world_size):
         print(f"  {name:<10} {getattr(p, name):>16,}  {getattr(p, name) / 1e9:7.2f} GB  {note}")
     total = sum(p[2:])
     print(f"  {'together':<10} {total:>16,}  {total / 1e9:7.2f} GB  and activations: at most "
-          f"{config['max_tokens_per_microbatch']:,} tokens at a time")
+          f"{config['max_tokens_per_microbatch']:,} tokens at a time, which this sum leaves out")
     print(f"data        {rows} rows ({source}): {rows} // {batch} = {per_epoch} steps an epoch, {steps} steps in all")
     print(f"a step      {batch} responses, {batch // world_size} on each rank; {per_step} updates of {minibatch} responses, "
           f"{minibatch // world_size} on each rank")

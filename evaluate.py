@@ -31,7 +31,7 @@ max_new_tokens = 2048  # tokens of a response at most
 max_prompt_tokens = 2048  # a longer prompt is an error at start
 min_pixels = 3136  # smaller images are enlarged
 max_pixels = 1003520  # larger images are shrunk
-gpu_memory_utilization = 0.9  # fraction of the GPU that vLLM takes
+gpu_memory_utilization = 0.8  # fraction of the GPU that vLLM takes
 dtype = "auto"  # 'float32', 'bfloat16', or 'auto': bfloat16 on GPU, float32 on CPU
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -73,6 +73,14 @@ def evaluate(engine, dataset, tokenizer, max_new_tokens, seed, world, evals=EVAL
             samples.append({"id": sample.id, "image": sample.image, "question": sample.question, "answer": sample.answer,
                             "setting": setting, "rewards": {"accuracy": float(r["correct"])}, **r})
     return rows, samples
+
+
+def some(samples, most):
+    """At most so many of the samples for each setting, the first ones."""
+    kept = {}
+    for sample in samples:
+        kept.setdefault(sample["setting"], []).append(sample)
+    return [sample for of_setting in kept.values() for sample in of_setting[:most]]
 
 
 def show_table(title, rows):

@@ -29,7 +29,9 @@ from configurator import UserError
 from distributed import all_max
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
-LOGITS_PER_CHUNK = 1 << 24  # elements of a (tokens, vocabulary) block of logits: 64 MB in float32, 110 tokens of Qwen's
+# elements of a (tokens, vocabulary) block of logits. on a CPU 64 MB in float32, 110 tokens of Qwen's; on a GPU 512 MB:
+# the head's gradient is summed over the chunks in bfloat16, and few large sums lose less than many small ones
+LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}
 PATCHES_PER_CHUNK = 1 << 14  # image patches that go through a frozen tower at once: 4096 image tokens
 
 
@@ -52,8 +54,8 @@ def logprobs_and_entropy(hidden, weight, targets, temperature, banned_ids):
 
 def chunked_logprobs(hidden, weight, targets, temperature, banned_ids):
     """The same over all N tokens, chunk by chunk: the logits of a chunk are made again in backward and dropped, so that
-    (N, V) never exists. For N = 2048 and V = 151,936 that is 64 MB where full logits take over a GB, several times."""
-    rows = max(1, LOGITS_PER_CHUNK // weight.shape[0])
+    (N, V) never exists: for N = 2048 and V = 151,936 it would take over a GB, several times."""
+    rows = max(1, LOGITS_PER_CHUNK[hidden.device.type] // weight.shape[0])
     chunks = [checkpoint(logprobs_and_entropy, h, weight, t, temperature, banned_ids, use_reentrant=False)
               for h, t in zip(hidden.split(rows), targets.split(rows))]
     return torch.cat([c[0] for c in chunks]), torch.cat([c[1] for c in chunks])
@@ -67,14 +69,15 @@ class ImageInput(NamedTuple):
     grid_thw: torch.Tensor  # (1, 3) int64: frames, rows and columns of patches
 
 
-def encode_images(visual, images):
+def encode_images(visual, images, max_patches=PATCHES_PER_CHUNK):
     """A list of (tokens_i, H) features, one for each ImageInput of the list. A Qwen tower has no batch dimension: patches
-    of all images stand in one row, cut apart by grid_thw; attention does not cross images."""
+    of all images stand in one row, cut apart by grid_thw; attention does not cross images.
+    max_patches bounds a call of the tower. A sharded tower must be called once on each rank: math.inf."""
     device, dtype = visual.patch_embed.proj.weight.device, visual.dtype  # of a frozen tower: no graph
     merge, features, start = visual.spatial_merge_size ** 2, [], 0
     while start < len(images):
         end, patches = start, 0
-        while end < len(images) and (end == start or patches + len(images[end].pixel_values) <= PATCHES_PER_CHUNK):
+        while end < len(images) and (end == start or patches + len(images[end].pixel_values) <= max_patches):
             patches += len(images[end].pixel_values)
             end += 1
         pixels = torch.cat([image.pixel_values for image in images[start:end]]).to(device, dtype)
@@ -107,7 +110,7 @@ class Policy(torch.nn.Module):
         image_features: a list of B tensors (tokens_i, H), or of B ImageInputs when the policy owns the tower;
         response_mask (B, R) bool; temperature > 0 divides the logits, as it did in the sampler."""
         if self.visual is not None:
-            image_features = encode_images(self.visual, image_features)
+            image_features = encode_images(self.visual, image_features, max_patches=math.inf)
         R = response_mask.shape[1]
         head = self.language_model.embed_tokens if self.lm_head is None else self.lm_head
         embeds = self.language_model.embed_tokens(input_ids)  # (B, T, H)
@@ -219,14 +222,14 @@ def hub_name(name):
     return name.removeprefix("model.") if name.startswith("model.visual.") else name
 
 
-def local_folder(model):
-    """The folder of a model: itself, or the hub's snapshot, which is fetched at first use."""
+def local_folder(model, patterns=("*.json", "*.safetensors", "*.txt", "*.jinja")):
+    """The folder of a model: itself, or the hub's snapshot of the files that match, fetched at first use."""
     if os.path.isdir(model):
         return model
     if model.startswith((".", "/")) or model.count("/") != 1:
         raise UserError(f"model: no folder {model!r} (a path, or a name on the hub such as Qwen/Qwen2.5-VL-7B-Instruct)")
     try:
-        return snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+        return snapshot_download(model, allow_patterns=list(patterns))
     except (OSError, ValueError) as error:
         raise UserError(f"model: {model!r} is no folder here and could not be fetched from the hub "
                         f"({type(error).__name__}); give the path of a downloaded one") from error
@@ -307,9 +310,9 @@ def set_trained(policy, visual, train_llm, train_connector, train_vit):
 
 
 def load_policy(folder, world, dtype, banned_ids, train_llm=True, train_connector=False, train_vit=False, master=True,
-                activation_checkpointing=False):
+                with_tower=True, activation_checkpointing=False):
     """(policy, visual): the sharded Policy and the frozen tower (in dtype, a whole copy on each process), or None when
-    the tower is trained and so part of the policy.
+    the tower is trained and so part of the policy, or not wanted (the reference takes the policy's features).
 
     master=True keeps float32 weights and computes in dtype: an AdamW step at a learning rate of 1e-6 is lost in bfloat16
     weights. master=False keeps dtype alone (the reference). Gradients are summed over ranks in float32."""
@@ -319,10 +322,8 @@ def load_policy(folder, world, dtype, banned_ids, train_llm=True, train_connecto
     policy, visual = Policy(hf, banned_ids, with_visual=trains_tower), hf.model.visual
     set_trained(policy, visual, train_llm, train_connector, train_vit)
     if not master:
-        policy.requires_grad_(False)
-        policy.to(dtype)
+        policy.eval().requires_grad_(False).to(dtype)
     if activation_checkpointing and master:
-        policy.train()
         policy.language_model.gradient_checkpointing_enable(dict(use_reentrant=False))
     mesh = init_device_mesh(world.device.type, (world.world_size,))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -331,11 +332,15 @@ def load_policy(folder, world, dtype, banned_ids, train_llm=True, train_connecto
     fully_shard(policy, mesh=mesh, mp_policy=precision)  # embedding, norm and head: one group
     policy.to_empty(device=world.device)
     used = fill(policy, weights)
-    if not trains_tower:
-        visual.requires_grad_(False).to(dtype).to_empty(device=world.device)
+    if trains_tower:
+        visual = None
+    elif with_tower:
+        visual.eval().requires_grad_(False).to(dtype).to_empty(device=world.device)
         used += fill(visual, weights, "visual.")
-    check_all_used(policy, weights, used)
-    return policy, None if trains_tower else visual
+        check_all_used(policy, weights, used)
+    else:
+        visual = hf.model.visual = None  # policy.rope_index holds on to hf.model
+    return policy, visual
 
 
 def check_all_used(policy, weights, used):
@@ -357,11 +362,12 @@ def check_all_used(policy, weights, used):
 def gather_weights(policy, dtype, trained_only=True):
     """Yields (hub name, full tensor in dtype on this device). A collective: every rank must run it to its end.
     A tied head is named too: an engine that keeps it apart would go on with the old one, silently."""
+    policy.reshard()  # after a forward without backward the root's weights lie gathered, rounded to the compute dtype
     for name, parameter in policy.named_parameters():
         if trained_only and not parameter.requires_grad:
             continue
-        full = parameter.detach()
-        full = (full.full_tensor() if isinstance(full, DTensor) else full).to(dtype)
+        assert isinstance(parameter, DTensor), name
+        full = parameter.detach().full_tensor().to(dtype)
         yield hub_name(name), full
         if policy.lm_head is None and name == "language_model.embed_tokens.weight":
             yield "lm_head.weight", full
@@ -374,7 +380,7 @@ def save_checkpoint(out_dir, step, policy, visual, source, dtype, rank):
     tensors = {}
     for name, full in gather_weights(policy, dtype, trained_only=False):
         if rank == 0 and not (name == "lm_head.weight" and policy.lm_head is None):  # a tied head is not stored
-            tensors[name] = full.cpu()
+            tensors[name] = full.to("cpu", copy=True)  # an uneven shard leaves a view of a longer storage
     if rank != 0:
         return
     if visual is not None:

@@ -41,7 +41,7 @@ from transformers import AutoModelForImageTextToText, DynamicCache
 
 from configurator import UserError
 from distributed import gather_json
-from model import Weights, encode_images, hub_name
+from model import Weights, encode_images, hub_name, load_config
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 MAX_BATCH_TOKENS = 65536  # HF: rows x (query + response) of one batch: bounds the KV cache (3.8 GB for 7B, bf16)
@@ -85,7 +85,7 @@ def eos_token_ids(tokenizer, model_dir) -> list:
     return sorted(ids - {None})
 
 
-def open_engine(kind, model_dir, dtype, world, eos_ids, banned_ids, max_model_len, gpu_memory_utilization=0.9, seed=0):
+def open_engine(kind, model_dir, dtype, world, eos_ids, banned_ids, max_model_len, gpu_memory_utilization, seed):
     """The engine named kind ('hf' or 'vllm') with the weights in model_dir. Collective; raises UserError."""
     if kind == "hf":
         return HFEngine(model_dir, dtype, world, eos_ids, banned_ids, max_model_len)
@@ -227,19 +227,19 @@ class HFEngine:
 class VLLMEngine:
     """One vLLM per node. The leader (local rank 0) drives it; what fails there is raised on all the node's ranks."""
 
-    def __init__(self, model_dir, dtype, world, eos_ids, banned_ids, max_model_len, gpu_memory_utilization=0.9, seed=0):
+    def __init__(self, model_dir, dtype, world, eos_ids, banned_ids, max_model_len, gpu_memory_utilization, seed):
         if importlib.util.find_spec("vllm") is None:
             raise UserError("rollout=vllm: vLLM is not installed here; pip install -r requirements-vllm.txt on a GPU "
                             "machine, or use --rollout=hf")
         self.group, self.dtype, self.eos_ids, self.banned_ids = world.node_group, dtype, eos_ids, banned_ids
         self.shapes = {name: tuple(file.get_slice(stored).get_shape())
                        for name, (file, stored) in Weights(model_dir).where.items()}
+        self.tied = load_config(model_dir).tie_word_embeddings
         self.leader, self.llm = world.local_rank == 0, None
         with self.agreement():
             if self.leader:
                 self.llm = start_vllm(model_dir, dtype, engine_gpu(world), max_model_len, gpu_memory_utilization, seed)
                 atexit.register(self.close)
-                self.tied = self.llm.model_config.hf_text_config.tie_word_embeddings
 
     @contextlib.contextmanager
     def agreement(self):

@@ -22,11 +22,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from configurator import UserError, configure, save_config
+from configurator import UserError, check_at_least, configure, save_config
 from data import Dataset, load_processor, order
 from distributed import all_sum, gather_json, start
 from dryrun import show_plan
-from evaluate import EVALS, evaluate, show_table
+from evaluate import EVALS, evaluate, show_table, some
 from model import (ImageInput, compute_dtype, encode_images, gather_weights, learning_rate_at, load_config, load_policy,
                    local_folder, microbatches, pack, peak_gb, save_checkpoint, select)
 from reflection import metrics as reflection_metrics
@@ -80,7 +80,7 @@ train_llm = True  # True trains the language model
 train_connector = False  # True trains the merger between tower and language model
 train_vit = False  # True trains the vision tower; while it and the merger are frozen, features are made once a step
 dtype = "auto"  # compute: 'float32', 'bfloat16', or 'auto' (bfloat16 on GPU, float32 on CPU); master weights are float32
-activation_checkpointing = True  # True recomputes each layer in backward: less memory, a third more compute
+activation_checkpointing = True  # True recomputes each language layer in backward: less memory, a third more compute
 # what is written
 eval_every_epochs = 1  # evaluate after every so many epochs, before the first step and after the last; 0 = never
 save_every_steps = 0  # checkpoint after every so many steps; 0 = only after the last
@@ -88,8 +88,6 @@ save_samples = 16  # responses of a step that go to samples.jsonl
 max_logprob_diff = 0.1  # stop before step 1 when trainer and engine differ by more, nats per token on average
 dry_run = False  # True prints what the run would do and need, and exits
 # ---------------------------------------------------------------------------------------------------------------------
-
-METRICS_PER_TOKEN = ("policy/ratio", "policy/clipfrac", "policy/approx_kl")
 
 
 class Trajectory(NamedTuple):
@@ -99,7 +97,7 @@ class Trajectory(NamedTuple):
     position_ids: torch.Tensor  # (3, B, Q+R) int64
     response_mask: torch.Tensor  # (B, R) bool, True on tokens that count, EOS included
     logprobs: torch.Tensor  # (B, R) float32, of the policy that the step began with
-    ref_logprobs: torch.Tensor  # (B, R) float32, of the untrained model; zeros without a KL term
+    ref_logprobs: torch.Tensor  # (B, R) float32, of the untrained model; without a KL term logprobs again
     rollout_logprobs: torch.Tensor  # (B, R) float32, what the engine said
     entropy: torch.Tensor  # (B, R) float32, nats
     accuracy_rewards: torch.Tensor  # (B,) 1 or 0
@@ -156,7 +154,7 @@ def loss_weights(response_mask, loss_agg, responses, tokens):
 
 
 def policy_loss(new_logprobs, logprobs, ref_logprobs, advantages, clip_low, clip_high):
-    """pg_loss, kl, ratio and clipped, (B, R) each: PPO's clipped loss (to be minimised), the k3 KL to the reference, the
+    """pg_loss, kl_loss, ratio and clipped, (B, R) each: PPO's clipped loss (to be minimised), the k3 KL to the reference, the
     probability ratio, and whether clipping took the token's gradient away. All inputs (B, R)."""
     ratio = (new_logprobs - logprobs).exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -171,10 +169,12 @@ def response_logprobs(policy, batch, image_features, max_tokens, temperature):
     for rows, real in microbatches(batch.attention_mask.sum(1).tolist(), max_tokens):
         part = select(batch, rows)
         features = [image_features[i] for i in rows]
-        new, h = policy(part.query_responses, part.position_ids, part.attention_mask, features, part.response_mask,
-                        temperature)
+        new_logprobs, new_entropy = policy(part.query_responses, part.position_ids, part.attention_mask, features,
+                                           part.response_mask, temperature)
         if real:
-            logprobs[rows, :new.shape[1]], entropy[rows, :new.shape[1]] = new, h
+            R = part.response_mask.shape[1]
+            logprobs[rows, :R], entropy[rows, :R] = new_logprobs, new_entropy
+    policy.reshard()  # without a backward FSDP would keep embedding and head gathered, in the compute dtype
     return logprobs, entropy
 
 
@@ -211,6 +211,12 @@ if __name__ == "__main__":
     for knob, value in (("model", model), ("train_data", train_data)):
         if not value:
             raise UserError(f"command line: {knob} is empty; start from a config: python train_rl.py config/toy.py")
+    check_at_least(config, 1, "batch_size", "minibatch_size", "ppo_epochs", "epochs", "max_new_tokens",
+                   "max_prompt_tokens", "max_tokens_per_microbatch")
+    check_at_least(config, 0, "max_steps", "eval_every_epochs", "save_every_steps", "save_samples", "learning_rate")
+    if not (train_llm or train_connector or train_vit):
+        raise UserError("config: nothing to train; set train_llm, train_connector or train_vit to True")
+    check_at_least(config, 0.01, "temperature")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % minibatch_size or minibatch_size % world_size:
         raise UserError("config: batch_size must be a multiple of minibatch_size, and that of the number of processes; "
@@ -238,17 +244,17 @@ if __name__ == "__main__":
     main = world.rank == 0
     precision = compute_dtype(dtype, world.device)
     eos_ids, banned_ids = eos_token_ids(tokenizer, folder), banned_token_ids(tokenizer)
+    engine = open_engine(rollout, folder, precision, world, eos_ids, banned_ids, max_prompt_tokens + max_new_tokens,
+                         gpu_memory_utilization, seed)  # first: what is wrong with it shows before the models are loaded
+    sampling = Sampling(temperature, 1.0, max_new_tokens)  # top_p 1: the ratio would be biased by what top_p cuts off
     policy, visual = load_policy(folder, world, precision, banned_ids, train_llm, train_connector, train_vit,
                                  activation_checkpointing=activation_checkpointing)
     reference = None
     if kl_loss_coeff or kl_reward_coeff:
         reference, _ = load_policy(folder, world, precision, banned_ids, train_llm, train_connector, train_vit,
-                                   master=False)
+                                   master=False, with_tower=False)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay)
-    engine = open_engine(rollout, folder, precision, world, eos_ids, banned_ids, max_prompt_tokens + max_new_tokens,
-                         gpu_memory_utilization, seed)
-    sampling = Sampling(temperature, 1.0, max_new_tokens)  # top_p 1: the ratio would be biased by what top_p cuts off
 
     if main:
         os.makedirs(out_dir, exist_ok=True)
@@ -261,16 +267,17 @@ if __name__ == "__main__":
     def write(name, rows):
         """Appends the objects to out_dir/<name>.jsonl; only the main process writes."""
         if main:
-            files[name].writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            files[name].writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
             files[name].flush()
 
-    def evaluate_all(step, epoch):
+    def evaluate_all(step):
+        epoch = step // steps_per_epoch if step % steps_per_epoch == 0 else step / steps_per_epoch
         for split, dataset in datasets.items():
             rows, samples = evaluate(engine, dataset, tokenizer, max_new_tokens, seed, world, EVALS)
             write("eval", [{"step": step, "epoch": epoch, "split": split, **row} for row in rows])
-            write("samples", [{"step": step, "split": split, **sample} for sample in samples[:save_samples]])
+            write("samples", [{"step": step, "split": split, **sample} for sample in some(samples, save_samples)])
             if main:
-                show_table(f"epoch {epoch} {split}", rows)
+                show_table(f"epoch {epoch:g} {split}", rows)
 
     # the same weights by way of the sync as by way of the disk, and the same log-probabilities in engine and trainer
     engine.load_weights(gather_weights(policy, precision))
@@ -285,7 +292,7 @@ if __name__ == "__main__":
                         "check that both read the same model folder, the engine's dtype, and the versions in "
                         "requirements.txt (M-RoPE)")
     if eval_every_epochs:
-        evaluate_all(0, 0)
+        evaluate_all(0)
 
     update = 0  # optimizer steps so far, skipped ones included
     for step in range(1, steps + 1):
@@ -311,8 +318,9 @@ if __name__ == "__main__":
         # in: queries and responses. out: a Trajectory: one padded batch, log-probabilities of policy and reference, and
         # rewards; and a record of each response for people to read.
         batch, image_features = make_batch(policy, visual, inputs, completions, tokenizer.pad_token_id, world.device)
+        inputs = [x._replace(image=None, pixel_values=None) for x in inputs]  # 24 MB a row at the largest size
         logprobs, entropy = response_logprobs(policy, batch, image_features, max_tokens_per_microbatch, temperature)
-        ref_logprobs = torch.zeros_like(logprobs)
+        ref_logprobs = logprobs  # without a reference: no distance to it
         if reference is not None:
             ref_logprobs, _ = response_logprobs(reference, batch, image_features, max_tokens_per_microbatch, temperature)
 
@@ -320,15 +328,15 @@ if __name__ == "__main__":
         verdicts = judge_batch([(response, train.samples[i].answer) for response, i in zip(responses, mine)])
         for i, x, completion, response, verdict in zip(mine, inputs, completions, responses, verdicts):
             sample = train.samples[i]
-            rewards = {"accuracy": float(verdict.correct), "language": language_reward(response),
-                       "format": format_reward(response)}
-            score = (rewards["accuracy"] + language_reward_coeff * rewards["language"]
-                     + format_reward_coeff * rewards["format"])
+            earned = {"accuracy": float(verdict.correct), "language": language_reward(response),
+                      "format": format_reward(response)}
+            score = (earned["accuracy"] + language_reward_coeff * earned["language"]
+                     + format_reward_coeff * earned["format"])
             if no_eos_score and completion.finish_reason != "stop":
                 score = no_eos_score
             records.append({"id": sample.id, "image": sample.image, "question": sample.question, "answer": sample.answer,
                             "response": response, "correct": verdict.correct, "error": verdict.error, "score": score,
-                            "rewards": rewards, "length": len(completion.token_ids), "query_length": len(x.query_ids),
+                            "rewards": earned, "length": len(completion.token_ids), "query_length": len(x.query_ids),
                             "finish_reason": completion.finish_reason})
 
         def column(values):
@@ -344,37 +352,36 @@ if __name__ == "__main__":
         # 4) Policy Update --------------------------------------------------------------------------------------------
         # in: the Trajectory. out: batch_size / minibatch_size * ppo_epochs optimizer steps, and the engine up to date.
         mask = trajectory.response_mask
-        kl = k3(trajectory.logprobs, trajectory.ref_logprobs) * mask if reference else torch.zeros_like(logprobs)
+        kl = k3(trajectory.logprobs, trajectory.ref_logprobs) * mask  # (B, R); 0 without a reference, see above
         rewards = token_rewards(trajectory.scores, kl, mask, kl_reward_coeff)  # (B, R)
         advantages = whiten(discounted_returns(rewards, gamma), mask)  # (B, R); no critic: the baseline is the step's mean
 
-        sums = torch.zeros(3 + len(METRICS_PER_TOKEN), dtype=torch.float64, device=world.device)  # pg, kl, tokens, ...
-        grad_norms, skipped = [], 0
+        sums, grad_norms, skipped = {}, [], 0  # of the step's updates, for metrics
         local_minibatch = minibatch_size // world.world_size
         for start_row in list(range(0, len(mine), local_minibatch)) * ppo_epochs:
             minibatch = torch.arange(start_row, start_row + local_minibatch)
             tokens = all_sum([mask[minibatch].sum().item()]).item()  # response tokens of the minibatch, all ranks
+            update_sums = {}
             lengths = trajectory.attention_mask[minibatch].sum(1).tolist()
             for rows, real in microbatches(lengths, max_tokens_per_microbatch):
                 rows = minibatch[rows]
                 part = select(trajectory, rows)
                 R = part.response_mask.shape[1]
                 new_logprobs, _ = policy(part.query_responses, part.position_ids, part.attention_mask,
-                                         [image_features[i] for i in rows], part.response_mask, temperature)
+                                         [trajectory.image_features[i] for i in rows], part.response_mask,
+                                         temperature)
                 pg_loss, kl_loss, ratio, clipped = policy_loss(
                     new_logprobs, trajectory.logprobs[rows, :R], trajectory.ref_logprobs[rows, :R], advantages[rows, :R],
                     clip_low, clip_high)
-                if reference is None:
-                    kl_loss = torch.zeros_like(pg_loss)
                 weights = loss_weights(part.response_mask, loss_agg, minibatch_size, tokens) * real
                 loss = (weights * (pg_loss + kl_loss_coeff * kl_loss)).sum()
                 (loss * world.world_size).backward()  # FSDP averages gradients over ranks; the weights want their sum
-                with torch.no_grad():
-                    counted = part.response_mask * real
-                    approx_kl = ratio - 1 - ratio.log()  # k3 of the policy that sampled against the policy now
-                    sums += torch.stack([x.double().sum() for x in (
-                        weights * pg_loss, weights * kl_loss, counted, ratio * counted, clipped * counted,
-                        approx_kl * counted)])
+                counted = part.response_mask * real
+                approx_kl = k3(trajectory.logprobs[rows, :R], new_logprobs)  # of the policy that sampled to the policy now
+                for name, values in (("pg_loss", weights * pg_loss), ("kl_loss", weights * kl_loss), ("tokens", counted),
+                                     ("ratio", ratio * counted), ("clipfrac", clipped * counted),
+                                     ("approx_kl", approx_kl * counted)):
+                    update_sums[name] = update_sums.get(name, 0) + values.detach().double().sum()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(update, steps * updates_per_step, learning_rate, warmup_ratio)
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, clip_grad_norm or math.inf)
@@ -382,10 +389,12 @@ if __name__ == "__main__":
             if math.isfinite(grad_norm):
                 optimizer.step()
                 grad_norms.append(grad_norm)
+                sums = {name: sums.get(name, 0) + value for name, value in update_sums.items()}
             else:
                 skipped += 1
                 if main:
-                    print(f"step {step}: gradient norm {grad_norm}: update SKIPPED, the weights stay as they were")
+                    print(f"step {step}: gradient norm {grad_norm} in the update of " + ", ".join(
+                        records[i]["id"] for i in minibatch) + ": SKIPPED, the weights stay as they were")
             optimizer.zero_grad(set_to_none=True)
             update += 1
         t_update = time.perf_counter()
@@ -394,9 +403,9 @@ if __name__ == "__main__":
 
         # log: every number is over all responses and tokens of the step, on all ranks ----------------------------------
         difference = (trajectory.logprobs - trajectory.rollout_logprobs).abs() * mask
-        n_tokens, *token_sums = all_sum([x.double().sum().item() for x in (mask, difference, kl, entropy * mask)]).tolist()
-        difference, kl, mean_entropy = (total / n_tokens for total in token_sums)
-        sums = all_sum(sums).tolist()
+        tokens, *token_sums = all_sum([x.double().sum().item() for x in (mask, difference, kl, trajectory.entropy)]).tolist()
+        mean_difference, mean_kl, mean_entropy = (total / tokens for total in token_sums)
+        made = dict(zip(sums, all_sum([float(value) for value in sums.values()]).tolist()))  # {} if all were skipped
         gathered = gather_json(records)
         records = [gathered[p % world.world_size][p // world.world_size] for p in range(batch_size)]  # in the data's order
 
@@ -410,18 +419,20 @@ if __name__ == "__main__":
             "response/length": mean(r["length"] for r in records),
             "response/clip_ratio": mean(r["finish_reason"] != "stop" for r in records),
             **reflection_metrics(tally([r["response"] for r in records], [r["correct"] for r in records])),
-            "policy/loss": (sums[0] + kl_loss_coeff * sums[1]) / updates_per_step,
-            "policy/pg_loss": sums[0] / updates_per_step,
-            "policy/kl_loss": sums[1] / updates_per_step if reference else None, "policy/entropy": mean_entropy,
-            **{name: total / sums[2] for name, total in zip(METRICS_PER_TOKEN, sums[3:])},
-            "policy/grad_norm": sum(grad_norms) / len(grad_norms) if grad_norms else None,
+            "policy/loss": (made["pg_loss"] + kl_loss_coeff * made["kl_loss"]) / len(grad_norms) if made else None,
+            "policy/pg_loss": made["pg_loss"] / len(grad_norms) if made else None,
+            "policy/kl_loss": made["kl_loss"] / len(grad_norms) if made and reference is not None else None,
+            "policy/entropy": mean_entropy, "policy/ratio": made["ratio"] / made["tokens"] if made else None,
+            "policy/clipfrac": made["clipfrac"] / made["tokens"] if made else None,
+            "policy/approx_kl": made["approx_kl"] / made["tokens"] if made else None,
+            "policy/grad_norm": sum(grad_norms) / len(grad_norms) if made else None,
             "policy/lr": optimizer.param_groups[0]["lr"], "policy/updates": len(grad_norms), "policy/skipped": skipped,
-            "rollout/logprob_diff": difference, "rollout/kl": kl if reference else None,
+            "rollout/logprob_diff": mean_difference, "rollout/kl": mean_kl if reference is not None else None,
             "judge/errors": sum(bool(r["error"]) for r in records),
             "time/rollout_s": t_rollout - t_start, "time/trajectory_s": t_trajectory - t_rollout,
             "time/update_s": t_update - t_trajectory, "time/sync_s": t_sync - t_update,
             "time/step_s": time.perf_counter() - t_start,
-            "tokens/prompt": sum(r["query_length"] for r in records), "tokens/response": int(n_tokens),
+            "tokens/prompt": sum(r["query_length"] for r in records), "tokens/response": int(tokens),
             "memory/peak_gb": peak_gb(world.device)}
         write("metrics", [metrics])
         write("samples", [{"step": step, "split": "train", **r} for r in records[:save_samples]])
@@ -434,7 +445,7 @@ if __name__ == "__main__":
                   f"traj {m['time/trajectory_s']:.1f}s upd {m['time/update_s']:.1f}s", flush=True)
         done = step == steps
         if eval_every_epochs and (done or step % (steps_per_epoch * eval_every_epochs) == 0):
-            evaluate_all(step, step // steps_per_epoch)
+            evaluate_all(step)
         if done or (save_every_steps and step % save_every_steps == 0):
             save_checkpoint(out_dir, step, policy, visual, folder, precision, world.rank)
 

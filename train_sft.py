@@ -15,10 +15,10 @@ import time
 import torch
 import torch.distributed as dist
 
-from configurator import UserError, configure, save_config
+from configurator import UserError, check_at_least, configure, save_config
 from data import Dataset, load_processor, order
 from distributed import all_sum, start
-from evaluate import EVALS, evaluate, show_table
+from evaluate import EVALS, evaluate, show_table, some
 from model import (ImageInput, compute_dtype, encode_images, gather_weights, learning_rate_at, load_config, load_policy,
                    local_folder, microbatches, pack, peak_gb, save_checkpoint, select)
 from rollout import banned_token_ids, eos_token_ids, open_engine
@@ -51,7 +51,7 @@ train_llm = True  # True trains the language model
 train_connector = False  # True trains the merger between tower and language model
 train_vit = False  # True trains the vision tower
 dtype = "auto"  # compute: 'float32', 'bfloat16', or 'auto' (bfloat16 on GPU, float32 on CPU); master weights are float32
-activation_checkpointing = True  # True recomputes each layer in backward: less memory, a third more compute
+activation_checkpointing = True  # True recomputes each language layer in backward: less memory, a third more compute
 # evaluation and what is written
 rollout = "vllm"  # 'vllm' or 'hf': what samples the evaluation's responses
 max_new_tokens = 2048  # tokens of an evaluation's response at most
@@ -68,6 +68,12 @@ if __name__ == "__main__":
     for knob, value in (("model", model), ("train_data", train_data)):
         if not value:
             raise UserError(f"command line: {knob} is empty; start from a config: python train_sft.py config/toy_sft.py")
+    check_at_least(config, 1, "batch_size", "epochs", "max_new_tokens", "max_prompt_tokens",
+                   "max_tokens_per_microbatch")
+    check_at_least(config, 0, "max_steps", "eval_every_epochs", "save_every_steps", "save_samples", "learning_rate")
+    if not (train_llm or train_connector or train_vit):
+        raise UserError("config: nothing to train; set train_llm, train_connector or train_vit to True")
+    check_at_least(config, 1, "log_every")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % world_size:
         raise UserError("config: batch_size must be a multiple of the number of processes, got "
@@ -89,14 +95,14 @@ if __name__ == "__main__":
     precision = compute_dtype(dtype, world.device)
     save_precision = precision if save_dtype == "auto" else compute_dtype(save_dtype, world.device)
     eos_ids, banned_ids = eos_token_ids(tokenizer, folder), banned_token_ids(tokenizer)
-    policy, visual = load_policy(folder, world, precision, banned_ids, train_llm, train_connector, train_vit,
-                                 activation_checkpointing=activation_checkpointing)
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay)
     engine = None
     if datasets:
         engine = open_engine(rollout, folder, precision, world, eos_ids, banned_ids, max_prompt_tokens + max_new_tokens,
                              gpu_memory_utilization, seed)
+    policy, visual = load_policy(folder, world, precision, banned_ids, train_llm, train_connector, train_vit,
+                                 activation_checkpointing=activation_checkpointing)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay)
     if main:
         os.makedirs(out_dir, exist_ok=True)
         save_config(config, f"{out_dir}/config.py")
@@ -107,20 +113,21 @@ if __name__ == "__main__":
     def write(name, rows):
         """Appends the objects to out_dir/<name>.jsonl; only the main process writes."""
         if main:
-            files[name].writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            files[name].writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
             files[name].flush()
 
-    def evaluate_all(step, epoch):
+    def evaluate_all(step):
+        epoch = step // steps_per_epoch if step % steps_per_epoch == 0 else step / steps_per_epoch
         engine.load_weights(gather_weights(policy, precision))
         for split, dataset in datasets.items():
             rows, samples = evaluate(engine, dataset, tokenizer, max_new_tokens, seed, world, EVALS)
             write("eval", [{"step": step, "epoch": epoch, "split": split, **row} for row in rows])
-            write("samples", [{"step": step, "split": split, **sample} for sample in samples[:save_samples]])
+            write("samples", [{"step": step, "split": split, **sample} for sample in some(samples, save_samples)])
             if main:
-                show_table(f"epoch {epoch} {split}", rows)
+                show_table(f"epoch {epoch:g} {split}", rows)
 
     if engine:
-        evaluate_all(0, 0)
+        evaluate_all(0)
     for step in range(1, steps + 1):
         t_start = time.perf_counter()
         epoch = (step - 1) // steps_per_epoch  # passes over the data that are finished
@@ -142,7 +149,7 @@ if __name__ == "__main__":
             part = select(batch, rows)
             logprobs, _ = policy(part.query_responses, part.position_ids, part.attention_mask,
                                  [image_features[i] for i in rows], part.response_mask, 1.0)
-            loss = -(logprobs * part.response_mask).sum() / tokens * real
+            loss = -logprobs.sum() / tokens * real  # 0 outside the response
             (loss * world.world_size).backward()  # FSDP averages gradients over ranks; the global count wants their sum
             total_loss += loss.detach()
 
@@ -160,7 +167,8 @@ if __name__ == "__main__":
         prompt_tokens = all_sum([sum(len(x.query_ids) for x in inputs)]).item()
         seconds = time.perf_counter() - t_start
         write("metrics", [{
-            "step": step, "epoch": epoch, "samples": step * batch_size, "policy/loss": mean_loss,
+            "step": step, "epoch": epoch, "samples": step * batch_size,
+            "policy/loss": mean_loss if math.isfinite(mean_loss) else None,
             "policy/grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "policy/lr": optimizer.param_groups[0]["lr"], "policy/updates": int(math.isfinite(grad_norm)),
             "response/length": tokens / batch_size, "tokens/prompt": int(prompt_tokens), "tokens/response": int(tokens),
@@ -172,7 +180,7 @@ if __name__ == "__main__":
                   f"lr {optimizer.param_groups[0]['lr']:.1e} | {tokens / batch_size:.1f} tokens a solution | "
                   f"{seconds:.2f}s", flush=True)
         if engine and (done or step % (steps_per_epoch * eval_every_epochs) == 0):
-            evaluate_all(step, step // steps_per_epoch)
+            evaluate_all(step)
         if done or (save_every_steps and step % save_every_steps == 0):
             save_checkpoint(out_dir, step, policy, visual, folder, save_precision, world.rank)
 

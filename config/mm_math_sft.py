@@ -12,5 +12,5 @@ model = "Qwen/Qwen2-VL-7B-Instruct"
 train_data = "data/mm_math5k/mm_math_sft_v0.jsonl"
 val_data = "data/mm_math5k/mm_math_validation_v0.jsonl"
 test_data = "data/mm_math5k/mm_math_test_v0.jsonl"
-epochs = 30  # as many passes as RL; 5000 // 16 = 312 updates an epoch
-batch_size = 16
+epochs = 30  # as many passes as RL makes
+batch_size = 16  # 5000 // 16 = 312 updates an epoch

@@ -6,6 +6,7 @@ import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded at test time; a slip is an error, not a wait
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU machine too: the figures here are those of float32 on a CPU
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))

@@ -3,7 +3,7 @@
     python tests/logits_memory.py chunked
     python tests/logits_memory.py full
 
-The figure is what the update adds to the process before it: model and batch are there in both cases."""
+update_gb is what the update adds to the process before it, process_gb the process's peak with it."""
 import json
 import pathlib
 import re
@@ -51,5 +51,5 @@ if __name__ == "__main__":
     logprobs.mean().backward()
     optimizer.step()
     after = peak_kb()
-    print(json.dumps({"way": sys.argv[1], "peak_gb": (after - before) / 1e6, "process_gb": after / 1e6}))
+    print(json.dumps({"way": sys.argv[1], "update_gb": (after - before) / 1e6, "process_gb": after / 1e6}))
     dist.destroy_process_group()

@@ -53,7 +53,7 @@ def test_7b_by_hand(folder_7b):
     assert p.weights == p.gradients == 4 * elements and p.optimizer == 8 * elements and p.reference == 2 * elements
     assert p.tower == 2 * TOWER and p.engine == 0
     assert p.features == 2 * 128 * 1280 * 3584  # 128 rows, 1280 tokens each at most, bfloat16
-    assert p.gathered == 2 * 2 * (LAYER + 2 * EMBEDDING + 3584)
+    assert p.gathered == (2 * 2 + 4) * (LAYER + 2 * EMBEDDING + 3584)
 
 
 def test_frozen_parts_and_missing_reference_change_the_plan(folder_7b):

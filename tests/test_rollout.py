@@ -215,10 +215,10 @@ def test_a_hostile_generation_config_changes_nothing(setup, tmp_path):
 
 def test_an_unknown_engine_is_a_user_error(setup):
     with pytest.raises(data.UserError, match="'vllm' or 'hf', got 'sglang'"):
-        open_engine("sglang", setup[0], torch.float32, world(), setup[3], setup[4], 64)
+        open_engine("sglang", setup[0], torch.float32, world(), setup[3], setup[4], 64, 0.8, 0)
 
 
 def test_without_vllm_the_error_names_the_other_engine(setup, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None)
     with pytest.raises(data.UserError, match="--rollout=hf"):
-        open_engine("vllm", setup[0], torch.float32, world(), setup[3], setup[4], 64)
+        open_engine("vllm", setup[0], torch.float32, world(), setup[3], setup[4], 64, 0.8, 0)

@@ -1,4 +1,5 @@
 """A tiny random Qwen2-VL or Qwen2.5-VL with tokenizer and image processor in a folder, as the hub stores one."""
+import json
 import pathlib
 
 import torch
@@ -26,9 +27,10 @@ def make_tokenizer():
 
 
 def tiny_config(kind, tied, tokenizer, vocab_size=0, hidden=32, layers=2):
-    """A Qwen2_5_VLConfig or Qwen2VLConfig for the given tokenizer; vocab_size 0: the tokenizer's."""
+    """A Qwen2_5_VLConfig or Qwen2VLConfig for the given tokenizer; vocab_size 0: one more than the
+    tokenizer's, 265, which neither 2 nor 3 ranks divide."""
     ids = tokenizer.convert_tokens_to_ids
-    text = dict(vocab_size=vocab_size or len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden,
+    text = dict(vocab_size=vocab_size or len(tokenizer) + 1, hidden_size=hidden, intermediate_size=2 * hidden,
                 num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=8192,
                 rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, hidden // 4 - 5]),
                 bos_token_id=ids("<|endoftext|>"), eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"),
@@ -45,6 +47,17 @@ def tiny_config(kind, tied, tokenizer, vocab_size=0, hidden=32, layers=2):
                          **common)
 
 
+def flatten(path):
+    """Writes a config.json as the hub's Qwen2-VL and Qwen2.5-VL have it: the text model's keys at the top, no text_config."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]}}
+    for key in ("model_type", "layer_types"):
+        text.pop(key)
+    path.write_text(json.dumps(text | config, indent=2), encoding="utf-8")
+
+
 def make_tiny(folder, kind="qwen2_5_vl", tied=True, vocab_size=0, hidden=32, layers=2, seed=0):
     """The folder's path as str; weights normal with std 0.2 so that no distribution is flat."""
     folder, tokenizer = pathlib.Path(folder), make_tokenizer()
@@ -58,6 +71,7 @@ def make_tiny(folder, kind="qwen2_5_vl", tied=True, vocab_size=0, hidden=32, lay
     eos_id, pad_id = config.text_config.eos_token_id, config.text_config.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=[eos_id, pad_id], pad_token_id=pad_id)
     model.save_pretrained(folder)
+    flatten(folder / "config.json")
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, temporal_patch_size=2,
                              size=dict(shortest_edge=28 * 28, longest_edge=1280 * 28 * 28)).save_pretrained(folder)
