@@ -37,21 +37,27 @@ class Verdict(NamedTuple):
                         # an error is never correct
 
 
-def last_boxed(text):
-    r"""what the last \boxed{...} of text holds; None when there is none or it never closes. Linear in len(text).
-    `\boxed 5`, without braces, is read as its writer means it: the digits, or the one letter, that follow."""
+def last_box(text):
+    r"""(what the last \boxed{...} of text holds, where it ends); None when there is none or it never closes. Linear in
+    len(text). `\boxed 5`, without braces, is read as its writer means it: the digits, or the one letter, that follow."""
     start = max((match.end() for match in re.finditer(r"\\boxed(?![A-Za-z])\s{0,20}", text)), default=None)
     if start is None:
         return None
     if text[start:start + 1] != "{":
         bare = re.match(r"-?\d[\d.,]*|[A-Za-z]", text[start:start + 400])
-        return bare.group().rstrip(".,") if bare else None
+        return (bare.group().rstrip(".,"), start + len(bare.group())) if bare else None
     depth = 0
     for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):     # \\. steps over \{ and \}
         depth += {"{": 1, "}": -1}.get(match.group(), 0)
         if depth == 0:
-            return text[start + 1:start + match.start()]
+            return text[start + 1:start + match.start()], start + match.end()
     return None
+
+
+def last_boxed(text):
+    r"""what the last \boxed{...} of text holds, or None."""
+    found = last_box(text)
+    return found and found[0]
 
 
 # -----------------------------------------------------------------------------
@@ -209,10 +215,10 @@ def language_reward(response):
 def format_reward(response):
     r"""1.0 if the response has exactly one \boxed, with something in it, and only punctuation or closing math
     delimiters after it; else 0.0."""
-    box, start = last_boxed(response), response.rfind(r"\boxed")
-    if not box or not box.strip() or len(re.findall(r"\\boxed(?![A-Za-z])", response)) != 1:
+    found = last_box(response)
+    if not found or not found[0].strip() or len(re.findall(r"\\boxed(?![A-Za-z])", response)) != 1:
         return 0.0
-    after = response[response.index(box, start) + len(box):]
+    after = response[found[1]:]
     return float(len(after) < 100 and re.fullmatch(r"(\\[)\]]|[\s$}.,;:!*)\]])*", after) is not None)
 
 

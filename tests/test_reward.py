@@ -1,4 +1,5 @@
 r"""reward.py on a table of strings, hostile ones included, and (NANOMAYE_REAL_DATA set) on labelled real responses."""
+import itertools
 import json
 import os
 import signal
@@ -568,9 +569,17 @@ def test_language_reward(response, reward_):
 @pytest.mark.parametrize("response, reward_", [
     (r"So \boxed{5}", 1), (r"So \boxed{5}.", 1), (r"$\boxed{5}$.", 1), ("\\[\\boxed{5}\\]\n", 1), (r"**\boxed{5}**", 1),
     (r"\( \boxed{\frac{1}{2}} \)", 1), (r"$$\boxed{5} \text{ cm}$$", 0), (r"\boxed{5} is it", 0),
-    (r"\boxed{5} \boxed{5}", 0), (r"\boxed{}", 0), (r"\boxed{5", 0), ("5", 0), ("", 0), (r"\boxed{5}" + " " * 1000, 0)])
+    (r"\boxed{5} \boxed{5}", 0), (r"\boxed{}", 0), (r"\boxed{5", 0), ("5", 0), ("", 0), (r"\boxed{5}" + " " * 1000, 0),
+    (r"\boxed{5} \boxedx", 0), (r"\boxedx \boxed{5}", 1), (r"\boxed 5.", 1), (r"\boxed5, no", 0)])
 def test_format_reward(response, reward_):
     assert format_reward(response) == reward_
+
+
+def test_rewards_of_odd_boxes_never_fail():
+    for length in range(6):
+        for pieces in itertools.product((r"\boxed", "{", "}", "5", ".", "x "), repeat=length):
+            text = "".join(pieces)
+            assert format_reward(text) in (0, 1) and (last_boxed(text) is None or last_boxed(text) in text)
 
 
 @pytest.mark.skipif("NANOMAYE_REAL_DATA" not in os.environ, reason="NANOMAYE_REAL_DATA names no folder")
