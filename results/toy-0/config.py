@@ -1,0 +1,50 @@
+# argv: ['train_rl.py', 'config/toy.py', '--seed=0', '--out_dir=out/toy-0']
+# processes: 1
+# versions: python 3.11.7, torch 2.13.0+cpu, transformers 5.19.0, vllm not installed
+# git commit: 54f142a0c9932a1c517f099872b0b70599afa751
+
+out_dir = 'out/toy-0'
+seed = 0
+model = 'toy_base'
+train_data = 'data/toy/train.jsonl'
+val_data = 'data/toy/val.jsonl'
+test_data = 'data/toy/test.jsonl'
+min_pixels = 3136
+max_pixels = 50176
+max_prompt_tokens = 1024
+rollout = 'hf'
+temperature = 1.0
+max_new_tokens = 96
+gpu_memory_utilization = 0.8
+epochs = 2
+max_steps = 0
+batch_size = 256
+minibatch_size = 64
+ppo_epochs = 1
+max_tokens_per_microbatch = 4096
+clip_low = 0.2
+clip_high = 0.2
+gamma = 1.0
+kl_loss_coeff = 0.001
+kl_reward_coeff = 0.0
+loss_agg = 'seq_mean'
+language_reward_coeff = 0.1
+format_reward_coeff = 0.0
+no_eos_score = -0.1
+learning_rate = 0.0001
+warmup_ratio = 0.1
+adam_beta1 = 0.9
+adam_beta2 = 0.95
+adam_eps = 1e-08
+weight_decay = 0.0
+clip_grad_norm = 1.0
+train_llm = True
+train_connector = False
+train_vit = False
+dtype = 'auto'
+activation_checkpointing = False
+eval_every_epochs = 1
+save_every_steps = 0
+save_samples = 16
+max_logprob_diff = 0.1
+dry_run = False

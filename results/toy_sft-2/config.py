@@ -1,0 +1,38 @@
+# argv: ['train_sft.py', 'config/toy_sft.py', '--seed=2', '--out_dir=out/toy_sft-2']
+# processes: 1
+# versions: python 3.11.7, torch 2.13.0+cpu, transformers 5.19.0, vllm not installed
+# git commit: fa726da94064b817fce5769cb15d4c061f70ac6a
+
+out_dir = 'out/toy_sft-2'
+seed = 2
+model = 'toy_base'
+train_data = 'data/toy/train.jsonl'
+val_data = 'data/toy/val.jsonl'
+test_data = 'data/toy/test.jsonl'
+min_pixels = 3136
+max_pixels = 50176
+max_prompt_tokens = 1024
+epochs = 2
+max_steps = 0
+batch_size = 64
+max_tokens_per_microbatch = 4096
+learning_rate = 0.0001
+warmup_ratio = 0.1
+adam_beta1 = 0.9
+adam_beta2 = 0.95
+adam_eps = 1e-08
+weight_decay = 0.0
+clip_grad_norm = 1.0
+train_llm = True
+train_connector = False
+train_vit = False
+dtype = 'auto'
+activation_checkpointing = False
+rollout = 'hf'
+max_new_tokens = 96
+gpu_memory_utilization = 0.8
+eval_every_epochs = 1
+save_every_steps = 0
+save_dtype = 'auto'
+save_samples = 16
+log_every = 8
