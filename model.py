@@ -73,15 +73,15 @@ def encode_images(visual, images, max_patches=PATCHES_PER_CHUNK):
     """A list of (tokens_i, H) features, one for each ImageInput of the list. A Qwen tower has no batch dimension: patches
     of all images stand in one row, cut apart by grid_thw; attention does not cross images.
     max_patches bounds a call of the tower. A sharded tower must be called once on each rank: math.inf."""
-    device, dtype = visual.patch_embed.proj.weight.device, visual.dtype  # of a frozen tower: no graph
+    weight = visual.patch_embed.proj.weight  # in a sharded tower: gathered, in the compute dtype
     merge, features, start = visual.spatial_merge_size ** 2, [], 0
     while start < len(images):
         end, patches = start, 0
         while end < len(images) and (end == start or patches + len(images[end].pixel_values) <= max_patches):
             patches += len(images[end].pixel_values)
             end += 1
-        pixels = torch.cat([image.pixel_values for image in images[start:end]]).to(device, dtype)
-        grids = torch.cat([image.grid_thw for image in images[start:end]]).to(device)
+        pixels = torch.cat([image.pixel_values for image in images[start:end]]).to(weight.device, weight.dtype)
+        grids = torch.cat([image.grid_thw for image in images[start:end]]).to(weight.device)
         tokens = visual(pixels, grid_thw=grids).pooler_output  # (sum of tokens_i, H)
         features += tokens.split((grids.prod(-1) // merge).tolist())
         start = end

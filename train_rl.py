@@ -303,7 +303,8 @@ if __name__ == "__main__":
         # in: the step's queries, a function of (seed, epoch). out: token ids with image placeholders, pixels and grids
         # of this rank's rows. row p of the step belongs to rank p % world_size: no minibatch depends on the ranks.
         first = (step - 1) % steps_per_epoch * batch_size
-        mine = order(len(train), seed, epoch)[first:first + batch_size][world.rank::world.world_size]
+        batch_rows = order(len(train), seed, epoch)[first:first + batch_size]  # of all ranks
+        mine = batch_rows[world.rank::world.world_size]
         inputs = [train.inputs(i) for i in mine]
 
         # 2) Response Collection --------------------------------------------------------------------------------------
@@ -393,8 +394,9 @@ if __name__ == "__main__":
             else:
                 skipped += 1
                 if main:
-                    print(f"step {step}: gradient norm {grad_norm} in the update of " + ", ".join(
-                        records[i]["id"] for i in minibatch) + ": SKIPPED, the weights stay as they were")
+                    rows = batch_rows[start_row * world.world_size:][:minibatch_size]  # of all ranks
+                    print(f"step {step}: gradient norm {grad_norm}: update SKIPPED, the weights stay as they were; its "
+                          "samples: " + ", ".join(train.samples[i].id for i in rows))
             optimizer.zero_grad(set_to_none=True)
             update += 1
         t_update = time.perf_counter()

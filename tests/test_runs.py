@@ -93,6 +93,18 @@ def test_the_other_objective_on_three_ranks(knobs, tmp_path):
     assert row["policy/updates"] == 4 and row["policy/kl_loss"] is None and row["rollout/kl"] is None
 
 
+def test_bfloat16_compute_with_a_trained_tower_on_two_ranks(knobs, tmp_path):
+    """what a GPU runs, on a CPU: float32 master weights, bfloat16 compute, checkpoint and engine."""
+    rest = [k for k in knobs if not k.startswith("--activation_checkpointing")]  # on, as it is by default
+    finish([*TORCHRUN, "train_rl.py", *rest, "--dtype=bfloat16", "--train_vit=True", "--train_connector=True",
+            f"--out_dir={tmp_path}"])
+    rows = metrics_of(tmp_path)
+    assert all(1e-5 < row["rollout/logprob_diff"] < 0.02 for row in rows), "rounding, and no more than that"
+    assert all(row["policy/updates"] == 2 for row in rows) and rows[2]["rollout/kl"] > 0
+    weights = load_file(tmp_path / "checkpoints" / "latest" / "model.safetensors")
+    assert {t.dtype for t in weights.values()} == {torch.bfloat16}
+
+
 def test_metrics_have_the_promised_keys_and_finite_values(first_run):
     rows = read(first_run[0] / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
