@@ -139,11 +139,14 @@ def find_config(name):
     raise UserError(f'command line: no config file {path if path.isprintable() else repr(path)}, {hint}')
 
 
-def read_argv(argv, defaults, positional):
+def read_argv(argv, defaults, positional, several):
     """([config file, ...], {knob: value}) of a command line. A value may hold = and may be a negative number."""
-    source, files, flags, queue = 'command line', [], {}, list(argv)
+    source, files, flags, queue, open_list = 'command line', [], {}, list(argv), positional
     while queue:
         argument = queue.pop(0)
+        if open_list in flags and open_list in several and not argument.startswith('-') and not argument.endswith('.py'):
+            flags[open_list] += ',' + argument           # one more word of `--sft a b`, or of the bare ones
+            continue
         key, equals, text = argument.removeprefix('--').partition('=')
         if not argument.startswith('-') and not (positional and not argument.endswith('.py')):
             files.append(find_config(argument))
@@ -156,6 +159,7 @@ def read_argv(argv, defaults, positional):
         if not equals and (not queue or queue[0].startswith('--')):  # bools too: `--dry_run x.py` has two readings
             raise UserError(f'{source}: {key} needs a value, ' + (
                 f'--{key}=True or --{key}=False' if type(defaults[key]) is bool else f'like --{key}={defaults[key]}'))
+        open_list = key if key in several else positional
         flags[key] = typed(source, key, text if equals else queue.pop(0), defaults[key])
     return files, flags
 
@@ -170,22 +174,23 @@ def excepthook(kind, error, trace):
     raise SystemExit(2)                                  # from a hook this sets the status, and atexit still runs
 
 
-def configure(globals_dict, argv=None, positional=''):
+def configure(globals_dict, argv=None, positional='', several=()):
     """{knob: value}: the script's defaults, then config files, then flags; also written into globals_dict, and printed
     on rank 0. globals_dict: the script's globals(); argv: sys.argv[1:] if None; positional: the knob that a bare
-    argument not ending in .py sets (`python reflection.py out/toy/samples.jsonl`). UserError for what cannot be taken;
-    --help exits 0."""
+    argument not ending in .py sets (`python reflection.py out/toy/samples.jsonl`); several: knobs that take all words up
+    to the next flag (`--ckpt a b` is 'a,b'; listed() takes it apart). UserError for what cannot be taken; --help exits 0."""
     sys.excepthook = excepthook
     argv = sys.argv[1:] if argv is None else argv
     script, printing = os.path.basename(globals_dict['__file__']), os.environ.get('RANK', '0') == '0'
     defaults, block = read_knobs(globals_dict['__file__'])
     if '--help' in argv or '-h' in argv:
-        usage = f'python {script} {f"[{positional}] " if positional else ""}[config/file.py ...] [--key=value ...]'
+        bare = f'[{positional}{" ..." if positional in several else ""}] ' if positional else ''
+        usage = f'python {script} {bare}[config/file.py ...] [--key=value ...]'
         if printing:
             print(usage, *block, sep='\n')
         raise SystemExit(0)
 
-    files, flags = read_argv(argv, defaults, positional)
+    files, flags = read_argv(argv, defaults, positional, several)
     config, origin = dict(defaults), {}
     for source, values in [(path, read_config(path, defaults)) for path in files] + [('command line', flags)]:
         config.update(values)
@@ -199,6 +204,11 @@ def configure(globals_dict, argv=None, positional=''):
             print(f'{"*" if note else " "} {key:<{width}} = {value!r}{note}')
         sys.stdout.flush()
     return config
+
+
+def listed(text):
+    """The words of a knob that takes several: 'a, b' is ['a', 'b'], '' is []."""
+    return [word.strip() for word in text.split(',') if word.strip()]
 
 
 def version(package):

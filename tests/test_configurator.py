@@ -195,6 +195,18 @@ def test_a_bare_argument_sets_the_positional_knob(script):
         resolve(script, 'a', '--run_name=b', positional='run_name')
 
 
+def test_a_knob_may_take_several_words(script):
+    script.write_text(SCRIPT.replace('offset = -1            # may be negative', "sft = ''  # other runs"))
+    both = dict(positional='run_name', several=('run_name', 'sft'))
+    for argv in (['a', 'b', '--sft', 'c', 'd', '--dry_run', 'True', 'e'], ['--sft=c', 'd', '--dry_run=True', 'a', 'b', 'e'],
+                 ['a,b,e', '--sft=c,d', '--dry_run=1']):
+        config = resolve(script, *argv, **both)
+        assert (config['run_name'], config['sft'], config['dry_run']) == ('a,b,e', 'c,d', True), argv
+    assert configurator.listed('a,b , c,') == ['a', 'b', 'c'] and configurator.listed('') == []
+    with pytest.raises(UserError, match='sft is set twice'):
+        resolve(script, '--sft', 'a', '--sft', 'b', **both)
+
+
 def test_help_shows_every_knob_with_its_comment_and_exits_0(script, capsys):
     with pytest.raises(SystemExit) as stop:
         resolve(script, '--batch_size=bad', '--help')
