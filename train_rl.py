@@ -21,12 +21,14 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from configurator import UserError, check_at_least, configure, save_config
 from data import Dataset, load_processor, order
 from distributed import all_sum, gather_json, start
 from dryrun import show_plan
 from evaluate import EVALS, evaluate, show_table, some
+from logger import check_logger, open_logger, shown, time_left
 from model import (ImageInput, compute_dtype, encode_images, gather_weights, learning_rate_at, load_config, load_policy,
                    local_folder, microbatches, pack, peak_gb, save_checkpoint, select)
 from reflection import metrics as reflection_metrics
@@ -85,6 +87,7 @@ activation_checkpointing = True  # True recomputes each language layer in backwa
 eval_every_epochs = 1  # evaluate after every so many epochs, before the first step and after the last; 0 = never
 save_every_steps = 0  # checkpoint after every so many steps; 0 = only after the last
 save_samples = 16  # responses of a step that go to samples.jsonl
+logger = "none"  # 'none', 'tensorboard' (out_dir/tensorboard) or 'wandb' (offline: set WANDB_MODE=offline)
 max_logprob_diff = 0.1  # stop before step 1 when trainer and engine differ by more, nats per token on average
 dry_run = False  # True prints what the run would do and need, and exits
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,6 +232,7 @@ if __name__ == "__main__":
         raise SystemExit
 
     # --- set-up: data before model, so that a bad row costs seconds
+    check_logger(logger)
     folder = local_folder(model)
     load_config(folder)  # another architecture is refused here
     tokenizer, image_processor = load_processor(folder)
@@ -242,6 +246,7 @@ if __name__ == "__main__":
 
     world = start()
     main = world.rank == 0
+    log = open_logger(logger if main else "none", out_dir, config)
     precision = compute_dtype(dtype, world.device)
     eos_ids, banned_ids = eos_token_ids(tokenizer, folder), banned_token_ids(tokenizer)
     engine = open_engine(rollout, folder, precision, world, eos_ids, banned_ids, max_prompt_tokens + max_new_tokens,
@@ -257,7 +262,6 @@ if __name__ == "__main__":
     optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay)
 
     if main:
-        os.makedirs(out_dir, exist_ok=True)
         save_config(config, f"{out_dir}/config.py")
         files = {name: open(f"{out_dir}/{name}.jsonl", "w", encoding="utf-8") for name in ("metrics", "eval", "samples")}
         print(f"{len(train)} queries, {steps_per_epoch} steps an epoch, {steps} steps of {batch_size} responses and "
@@ -269,6 +273,7 @@ if __name__ == "__main__":
         if main:
             files[name].writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
             files[name].flush()
+            log.write(name, rows)
 
     def evaluate_all(step):
         epoch = step // steps_per_epoch if step % steps_per_epoch == 0 else step / steps_per_epoch
@@ -277,7 +282,8 @@ if __name__ == "__main__":
             write("eval", [{"step": step, "epoch": epoch, "split": split, **row} for row in rows])
             write("samples", [{"step": step, "split": split, **sample} for sample in some(samples, save_samples)])
             if main:
-                show_table(f"epoch {epoch:g} {split}", rows)
+                with tqdm.external_write_mode():  # the bar out of the way
+                    show_table(f"epoch {epoch:g} {split}", rows)
 
     # the same weights by way of the sync as by way of the disk, and the same log-probabilities in engine and trainer
     engine.load_weights(gather_weights(policy, precision))
@@ -294,14 +300,16 @@ if __name__ == "__main__":
     if eval_every_epochs:
         evaluate_all(0)
 
-    update = 0  # optimizer steps so far, skipped ones included
-    for step in range(1, steps + 1):
+    update, t_loop = 0, time.perf_counter()  # update: optimizer steps so far, skipped ones included
+    bar = tqdm(range(1, steps + 1), disable=None if main else True, smoothing=0, dynamic_ncols=True)  # None: on a terminal
+    for step in bar:
         t_start = time.perf_counter()
         epoch = (step - 1) // steps_per_epoch  # passes over the data that are finished
 
         # 1) Data Flow ------------------------------------------------------------------------------------------------
         # in: the step's queries, a function of (seed, epoch). out: token ids with image placeholders, pixels and grids
         # of this rank's rows. row p of the step belongs to rank p % world_size: no minibatch depends on the ranks.
+        bar.set_description(f"step {step}: 1) Data Flow")
         first = (step - 1) % steps_per_epoch * batch_size
         batch_rows = order(len(train), seed, epoch)[first:first + batch_size]  # of all ranks
         mine = batch_rows[world.rank::world.world_size]
@@ -310,6 +318,7 @@ if __name__ == "__main__":
         # 2) Response Collection --------------------------------------------------------------------------------------
         # in: this rank's rows. out: one response to each, as token ids with the engine's log-probabilities.
         # ids go into training as they are: decoded and tokenised again they could be others.
+        bar.set_description(f"step {step}: 2) Response Collection")
         seeds = [request_seed(seed, step, train.samples[i].id, 0) for i in mine]
         completions = engine.generate(train, mine, seeds, sampling)
         responses = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
@@ -318,6 +327,7 @@ if __name__ == "__main__":
         # 3) Trajectory Generation ------------------------------------------------------------------------------------
         # in: queries and responses. out: a Trajectory: one padded batch, log-probabilities of policy and reference, and
         # rewards; and a record of each response for people to read.
+        bar.set_description(f"step {step}: 3) Trajectory Generation")
         batch, image_features = make_batch(policy, visual, inputs, completions, tokenizer.pad_token_id, world.device)
         inputs = [x._replace(image=None, pixel_values=None) for x in inputs]  # 24 MB a row at the largest size
         logprobs, entropy = response_logprobs(policy, batch, image_features, max_tokens_per_microbatch, temperature)
@@ -352,6 +362,7 @@ if __name__ == "__main__":
 
         # 4) Policy Update --------------------------------------------------------------------------------------------
         # in: the Trajectory. out: batch_size / minibatch_size * ppo_epochs optimizer steps, and the engine up to date.
+        bar.set_description(f"step {step}: 4) Policy Update")
         mask = trajectory.response_mask
         kl = k3(trajectory.logprobs, trajectory.ref_logprobs) * mask  # (B, R); 0 without a reference, see above
         rewards = token_rewards(trajectory.scores, kl, mask, kl_reward_coeff)  # (B, R)
@@ -395,8 +406,8 @@ if __name__ == "__main__":
                 skipped += 1
                 if main:
                     rows = batch_rows[start_row * world.world_size:][:minibatch_size]  # of all ranks
-                    print(f"step {step}: gradient norm {grad_norm}: update SKIPPED, the weights stay as they were; its "
-                          "samples: " + ", ".join(train.samples[i].id for i in rows))
+                    bar.write(f"step {step}: gradient norm {grad_norm}: update SKIPPED, the weights stay as they were; its "
+                              "samples: " + ", ".join(train.samples[i].id for i in rows))
             optimizer.zero_grad(set_to_none=True)
             update += 1
         t_update = time.perf_counter()
@@ -439,18 +450,22 @@ if __name__ == "__main__":
         write("metrics", [metrics])
         write("samples", [{"step": step, "split": "train", **r} for r in records[:save_samples]])
         if main:
-            m = {name: math.nan if value is None else value for name, value in metrics.items()}
-            print(f"step {step}/{steps} | score {m['train/score']:.2f} acc {m['train/accuracy']:.2f} | "
-                  f"len {m['response/length']:.1f} clipped {m['response/clip_ratio']:.0%} | kl {m['rollout/kl']:.1e} "
-                  f"clipfrac {m['policy/clipfrac']:.2f} ent {m['policy/entropy']:.2f} | "
-                  f"logp diff {m['rollout/logprob_diff']:.0e} | gen {m['time/rollout_s']:.1f}s "
-                  f"traj {m['time/trajectory_s']:.1f}s upd {m['time/update_s']:.1f}s", flush=True)
+            m, left = metrics, time_left(time.perf_counter() - t_loop, step, steps)
+            with tqdm.external_write_mode():
+                print(f"step {step}/{steps} | score {m['train/score']:.2f} acc {m['train/accuracy']:.2f} | "
+                      f"len {m['response/length']:.1f} clipped {m['response/clip_ratio']:.0%} | "
+                      f"kl {shown(m['rollout/kl'], '.1e')} clipfrac {shown(m['policy/clipfrac'], '.2f')} "
+                      f"ent {m['policy/entropy']:.2f} | logp diff {m['rollout/logprob_diff']:.0e} | "
+                      f"gen {m['time/rollout_s']:.1f}s traj {m['time/trajectory_s']:.1f}s upd {m['time/update_s']:.1f}s | "
+                      f"left {left}", flush=True)
         done = step == steps
         if eval_every_epochs and (done or step % (steps_per_epoch * eval_every_epochs) == 0):
+            bar.set_description(f"step {step}: evaluation")
             evaluate_all(step)
         if done or (save_every_steps and step % save_every_steps == 0):
             save_checkpoint(out_dir, step, policy, visual, folder, precision, world.rank)
 
     engine.close()
+    log.close()
     dist.barrier()
     dist.destroy_process_group()

@@ -14,11 +14,13 @@ import time
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from configurator import UserError, check_at_least, configure, save_config
 from data import Dataset, load_processor, order
 from distributed import all_sum, start
 from evaluate import EVALS, evaluate, show_table, some
+from logger import check_logger, open_logger, shown, time_left
 from model import (ImageInput, compute_dtype, encode_images, gather_weights, learning_rate_at, load_config, load_policy,
                    local_folder, microbatches, pack, peak_gb, save_checkpoint, select)
 from rollout import banned_token_ids, eos_token_ids, open_engine
@@ -60,6 +62,7 @@ eval_every_epochs = 1  # evaluate after every so many epochs, before the first u
 save_every_steps = 0  # checkpoint after every so many updates; 0 = only after the last
 save_dtype = "auto"  # of the checkpoint's tensors: 'float32', 'bfloat16', or 'auto': the compute dtype
 save_samples = 16  # evaluation responses that go to samples.jsonl, of each split
+logger = "none"  # 'none', 'tensorboard' (out_dir/tensorboard) or 'wandb' (offline: set WANDB_MODE=offline)
 log_every = 1  # updates between two printed lines; metrics.jsonl gets every update
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -79,6 +82,7 @@ if __name__ == "__main__":
         raise UserError("config: batch_size must be a multiple of the number of processes, got "
                         f"{batch_size=} {world_size=}")
 
+    check_logger(logger)
     folder = local_folder(model)
     load_config(folder)
     tokenizer, image_processor = load_processor(folder)
@@ -92,6 +96,7 @@ if __name__ == "__main__":
 
     world = start()
     main = world.rank == 0
+    log = open_logger(logger if main else "none", out_dir, config)
     precision = compute_dtype(dtype, world.device)
     save_precision = precision if save_dtype == "auto" else compute_dtype(save_dtype, world.device)
     eos_ids, banned_ids = eos_token_ids(tokenizer, folder), banned_token_ids(tokenizer)
@@ -104,7 +109,6 @@ if __name__ == "__main__":
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay)
     if main:
-        os.makedirs(out_dir, exist_ok=True)
         save_config(config, f"{out_dir}/config.py")
         files = {name: open(f"{out_dir}/{name}.jsonl", "w", encoding="utf-8") for name in ("metrics", "eval", "samples")}
         print(f"{len(train)} rows, {steps_per_epoch} updates of {batch_size} rows an epoch, {steps} updates; "
@@ -115,6 +119,7 @@ if __name__ == "__main__":
         if main:
             files[name].writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
             files[name].flush()
+            log.write(name, rows)
 
     def evaluate_all(step):
         epoch = step // steps_per_epoch if step % steps_per_epoch == 0 else step / steps_per_epoch
@@ -124,11 +129,14 @@ if __name__ == "__main__":
             write("eval", [{"step": step, "epoch": epoch, "split": split, **row} for row in rows])
             write("samples", [{"step": step, "split": split, **sample} for sample in some(samples, save_samples)])
             if main:
-                show_table(f"epoch {epoch:g} {split}", rows)
+                with tqdm.external_write_mode():  # the bar out of the way
+                    show_table(f"epoch {epoch:g} {split}", rows)
 
     if engine:
         evaluate_all(0)
-    for step in range(1, steps + 1):
+    t_loop = time.perf_counter()
+    bar = tqdm(range(1, steps + 1), disable=None if main else True, smoothing=0, dynamic_ncols=True)  # None: on a terminal
+    for step in bar:
         t_start = time.perf_counter()
         epoch = (step - 1) // steps_per_epoch  # passes over the data that are finished
         # 1) the batch: row p of it belongs to rank p % world_size
@@ -160,25 +168,28 @@ if __name__ == "__main__":
         if math.isfinite(grad_norm):
             optimizer.step()
         elif main:
-            print(f"step {step}: gradient norm {grad_norm}: update SKIPPED, the weights stay as they were")
+            bar.write(f"step {step}: gradient norm {grad_norm}: update SKIPPED, the weights stay as they were")
         optimizer.zero_grad(set_to_none=True)
 
         mean_loss = all_sum(total_loss).item()
         prompt_tokens = all_sum([sum(len(x.query_ids) for x in inputs)]).item()
         seconds = time.perf_counter() - t_start
-        write("metrics", [{
+        metrics = {
             "step": step, "epoch": epoch, "samples": step * batch_size,
             "policy/loss": mean_loss if math.isfinite(mean_loss) else None,
             "policy/grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "policy/lr": optimizer.param_groups[0]["lr"], "policy/updates": int(math.isfinite(grad_norm)),
             "response/length": tokens / batch_size, "tokens/prompt": int(prompt_tokens), "tokens/response": int(tokens),
             "time/step_s": seconds,
-            "memory/peak_gb": peak_gb(world.device)}])
+            "memory/peak_gb": peak_gb(world.device)}
+        write("metrics", [metrics])
         done = step == steps
         if main and (done or step % log_every == 0):
-            print(f"step {step}/{steps} | loss {mean_loss:.4f} | grad norm {grad_norm:.2f} "
-                  f"lr {optimizer.param_groups[0]['lr']:.1e} | {tokens / batch_size:.1f} tokens a solution | "
-                  f"{seconds:.2f}s", flush=True)
+            with tqdm.external_write_mode():
+                print(f"step {step}/{steps} | loss {shown(metrics['policy/loss'], '.4f')} | "
+                      f"grad norm {shown(metrics['policy/grad_norm'], '.2f')} lr {metrics['policy/lr']:.1e} | "
+                      f"{tokens / batch_size:.1f} tokens a solution | {seconds:.2f}s | "
+                      f"left {time_left(time.perf_counter() - t_loop, step, steps)}", flush=True)
         if engine and (done or step % (steps_per_epoch * eval_every_epochs) == 0):
             evaluate_all(step)
         if done or (save_every_steps and step % save_every_steps == 0):
@@ -186,5 +197,6 @@ if __name__ == "__main__":
 
     if engine:
         engine.close()
+    log.close()
     dist.barrier()
     dist.destroy_process_group()
