@@ -18,6 +18,7 @@ import vllm  # noqa: E402, F401
 
 import data  # noqa: E402
 import distributed  # noqa: E402
+from evaluate import stored_weights  # noqa: E402
 from rollout import Sampling, VLLMEngine, banned_token_ids, eos_token_ids, hub_name, running  # noqa: E402
 from test_rollout import expected_logprobs, full_logits, seeds  # noqa: E402
 from tiny import make_tiny  # noqa: E402
@@ -217,6 +218,15 @@ def test_new_weights_reach_the_engine(engine, dataset, model, model_dir, monkeyp
     assert [c.token_ids for c in completions] != [c.token_ids for c in old]
     assert largest_difference(fresh, dataset, indices, completions, engine.banned_ids) < 1e-4
     assert not [f for f in set(os.listdir("/dev/shm")) - before if f.startswith("nanomaye")]
+
+
+def test_another_checkpoints_weights_are_all_taken(engine, dataset, tmp_path):
+    """evaluate.py goes through checkpoints in one engine: language model and tower of a folder, as they are stored."""
+    folder = make_tiny(tmp_path / "other", "qwen2_5_vl", tied=True, hidden=64, seed=1)
+    engine.load_weights(stored_weights(folder))
+    other = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    completions = engine.generate(dataset, range(12), seeds(12), T1)
+    assert largest_difference(other, dataset, range(12), completions, engine.banned_ids) < 1e-4
 
 
 OWNER_SCRIPT = """
