@@ -100,7 +100,7 @@ def aha_moment(response, final):
         n_boxes, n_answers, n_equations = (until(stated, start) for stated in (boxes, answers, equations))
         for _, value, left in equations[max(0, n_equations - 5):n_equations]:
             later = results[left][(at := until(results[left], end)):at + 1]
-            if later and plain_value(later[0][1]) != plain_value(value):
+            if later and plain_value(value) not in (final, plain_value(later[0][1])):
                 found = 2, value
         if n_equations and not found:
             value = equations[n_equations - 1][1]

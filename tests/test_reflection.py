@@ -205,6 +205,8 @@ def test_words_are_found_exactly_where_they_are_counted(text):
     (r'The answer is 12. Let me re-check: 4*5=20. \boxed{20}', '20', (3, '12', 're-check')),
     (r'16+4=21. Let me verify: 16+4=20. The answer is \boxed{20}.', '20', (2, '21', 'verify')),
     (r'23-9=15. 15-5=10. Let me verify: 23-9=14. 14-5=9. \boxed{9}.', '9', (2, '15', 'verify')),
+    (r'16+4=20. Let me verify: 16+4=21. \boxed{20}.', '20', None),              # what it said first was right
+    (r'16+4=20. Let me verify: 16+4=21. Wait, \boxed{20}.', '20', (1, '21', 'Wait')),
     (r'x = 7. Wait. The sides sum to 9. \boxed{9}', '9', (1, '7', 'Wait')),
     (r'8+8=16. Let me verify: 8+8=16. 16+4=20. \boxed{20}', '20', None),        # 16 is used: a step, not an error
     (r'16+4=20. Let me verify: 16+4=20. \boxed{20}.', '20', None),              # a check that finds nothing

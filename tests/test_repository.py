@@ -11,7 +11,10 @@ import configurator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS = ("train_rl.py", "train_sft.py", "evaluate.py", "reflection.py")
+SCRIPTS = ("train_rl.py", "train_sft.py", "evaluate.py", "reflection.py", "report.py")
+# how the scripts call configure()
+ARGUMENTS = {"evaluate.py": {"several": ("ckpt", "data")}, "reflection.py": {"positional": "data"},
+             "report.py": {"positional": "runs", "several": ("runs", "sft")}}
 
 
 def commands():
@@ -71,8 +74,7 @@ def test_readme_commands_name_scripts_and_knobs_that_exist(capsys, monkeypatch):
         seen.add(script)
         if script not in SCRIPTS:
             continue
-        positional = "data" if script == "reflection.py" else ""
-        configurator.configure({"__file__": str(ROOT / script)}, arguments, positional=positional)
+        configurator.configure({"__file__": str(ROOT / script)}, arguments, **ARGUMENTS.get(script, {}))
     assert set(SCRIPTS) | {"data.py"} <= seen
 
 
