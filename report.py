@@ -178,4 +178,5 @@ if __name__ == "__main__":
         with open(f"{out}/{name}", "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
     write_page(f"{out}/index.html", report)
-    print(*report["notes"], f"{out}/index.html, {out}/report.md, {out}/numbers.json and {len(figures)} figures in {out}/figures", sep="\n")
+    print(*report["notes"], sep="\n", end="\n" * bool(report["notes"]))
+    print(f"{out}/index.html, {out}/report.md, {out}/numbers.json and {len(figures)} figures in {out}/figures")
