@@ -2,7 +2,7 @@
 
     python evaluate.py --ckpt=out/toy/checkpoints/latest --data=data/toy/val.jsonl
     python evaluate.py --ckpt toy_base out/toy/checkpoints/step_* --data data/toy/val.jsonl data/toy/test.jsonl   # a curve
-    python evaluate.py --ckpt=... --data=... --samples=64 --settings="pass@1/2/4/8/16 T=1, pass@1 T=0.6 top_p=0.95"
+    python evaluate.py --ckpt=... --data=... --samples_per_problem=64 --settings="pass@1/2/4/8 T=1, pass@1 T=0.6 top_p=0.95"
     torchrun --nproc_per_node=2 evaluate.py --ckpt=... --data=... --rollout=hf       # the rows are shared among processes
 
 Prints a table; writes out_dir/eval.jsonl (an object for each checkpoint, file, setting and k) and out_dir/samples.jsonl
@@ -41,7 +41,7 @@ ckpt = ""  # model folders or hub names; a folder of step_* folders, such as out
 data = ""  # files of problems in the paper's jsonl
 split = ""  # what eval.jsonl calls them: train, validation or test, for all or for each; '' = by the files' names
 settings = "pass@8 T=1 top_p=1, pass@1 T=0.6 top_p=1, pass@1 T=0.01 top_p=0.001"  # pass@1/2/4 T=1: three k of one draw
-samples = 0  # responses to each problem and setting; 0 = as many as its largest k
+samples_per_problem = 0  # responses to each problem and setting; 0 = as many as its largest k
 out_dir = "out/evaluate"  # eval.jsonl and samples.jsonl go here
 seed = 0  # of the sampling
 rollout = "vllm"  # 'vllm' or 'hf'
@@ -64,9 +64,9 @@ def setting_name(k, temperature, top_p):
     return f"pass@{k} T={temperature:g} top_p={top_p:g}"
 
 
-def parse_settings(text, samples=0):
+def parse_settings(text, samples_per_problem=0):
     """((k or a tuple of them, temperature, top_p), ...) as evaluate() takes them. UserError for what cannot be read, cannot
-    be sampled by both engines, is there twice, or needs more than samples responses (0: as many as it needs)."""
+    be sampled by both engines, is there twice, or needs more responses than samples_per_problem (0: as many as needed)."""
     evals, names = [], set()
     for words in listed(text):
         where, found = f"settings: {words!r}", re.fullmatch(r"pass@([0-9/]+)\s+T=(\S+)(?:\s+top_p=(\S+))?", words)
@@ -81,9 +81,9 @@ def parse_settings(text, samples=0):
             raise UserError(f"{where}: T must be between 0.01 and 2, got {temperature:g} (T=0.01 top_p=0.001 is greedy)")
         if not 0 < top_p <= 1:
             raise UserError(f"{where}: top_p must be above 0 and at most 1, got {top_p:g}")
-        if 0 < samples < max(ks):
-            raise UserError(f"{where} needs {max(ks)} responses to a problem, {samples=} are fewer: raise it, or 0 = as many "
-                            "as k")
+        if 0 < samples_per_problem < max(ks):
+            raise UserError(f"{where} needs {max(ks)} responses to a problem, {samples_per_problem=} are fewer: raise it, or "
+                            "0 = as many as k")
         for name in (setting_name(k, temperature, top_p) for k in ks):
             if name in names:
                 raise UserError(f"{where}: {name} is there twice, keep one")
@@ -94,24 +94,24 @@ def parse_settings(text, samples=0):
     return tuple(evals)
 
 
-def outcomes(samples, n, k):
-    """(problems,) float64: pass@k of each problem, from the samples of one setting, n in a row for each problem."""
-    right = np.array([s["correct"] for s in samples], dtype=np.int64).reshape(-1, n).sum(1).tolist()
+def outcomes(responses, n, k):
+    """(problems,) float64: pass@k of each problem, from the judged responses of one setting, n in a row for each problem."""
+    right = np.array([r["correct"] for r in responses], dtype=np.int64).reshape(-1, n).sum(1).tolist()
     value = {c: pass_at_k(n, c, k) for c in set(right)}
     return np.array([value[c] for c in right])
 
 
-def evaluate(engine, dataset, tokenizer, max_new_tokens, seed, world, evals=EVALS, samples=0):
+def evaluate(engine, dataset, tokenizer, max_new_tokens, seed, world, evals=EVALS, samples_per_problem=0):
     """(rows, samples), the same on every rank: an object of eval.jsonl for each setting and k, and every response in the
-    order of the dataset. samples: responses to a problem, 0 for the largest k of a setting. A collective.
+    order of the dataset. samples_per_problem: 0 for the largest k of a setting. A collective.
 
     Sampling depends on (seed, setting, id, number of the response) alone: not on the ranks, and not on the checkpoint, so
     that two of them meet the same luck. Several k share responses, which are those of the largest alone."""
     rows, kept = [], []
     for ks, temperature, top_p in evals:
         ks = ks if isinstance(ks, tuple) else (ks,)
-        n, setting = samples or max(ks), setting_name(max(ks), temperature, top_p)
-        assert n >= max(ks), f"{samples=} {ks=}"
+        n, setting = samples_per_problem or max(ks), setting_name(max(ks), temperature, top_p)
+        assert n >= max(ks), f"{samples_per_problem=} {ks=}"
         mine = [i for i in range(world.rank, len(dataset), world.world_size) for _ in range(n)]
         seeds = [request_seed(seed, setting, dataset.samples[i].id, j % n) for j, i in enumerate(mine)]
         completions = engine.generate(dataset, mine, seeds, Sampling(temperature, top_p, max_new_tokens))
@@ -125,7 +125,7 @@ def evaluate(engine, dataset, tokenizer, max_new_tokens, seed, world, evals=EVAL
             solved = outcomes(records, n, k)
             resampled, whole = bootstrap(solved), set(solved.tolist()) <= {0.0, 1.0}
             rows.append({"setting": setting_name(k, temperature, top_p), "k": k, "temperature": temperature, "top_p": top_p,
-                         "accuracy": math.fsum(solved) / len(dataset), "n": len(dataset), "samples": n,
+                         "accuracy": math.fsum(solved) / len(dataset), "n": len(dataset), "samples_per_problem": n,
                          "ci95": wilson(int(solved.sum()), len(dataset)) if whole else resampled, "bootstrap95": resampled,
                          "response_length": sum(r["length"] for r in records) / len(records),
                          "clip_ratio": sum(r["finish_reason"] != "stop" for r in records) / len(records),
@@ -170,7 +170,7 @@ def show_summary(rows):
         change = ["", ""] if row["difference"] is None else [
             f"{100 * row['difference']:+.1f}", "{:+.1f} to {:+.1f}".format(*(100 * x for x in row["difference95"]))]
         lines.append([name, path, row["setting"], f"{row['accuracy']:.1%}", f"{low:.1%} to {high:.1%}", str(row["n"]),
-                      str(row["samples"]), f"{row['response_length']:.1f}", f"{row['clip_ratio']:.0%}", *change])
+                      str(row["samples_per_problem"]), f"{row['response_length']:.1f}", f"{row['clip_ratio']:.0%}", *change])
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:  # words to the left, numbers to the right
         cells = [cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))]
@@ -221,8 +221,8 @@ def stored_weights(folder):
 def split_names(paths, split):
     """train, validation or test for each of the paths: as split says for all or for each, else by the files' names."""
     names = listed(split) or [
-        "validation" if "val" in name else "train" if re.search("train|_rl|_sft", name) else "test"
-        for name in map(os.path.basename, paths)]
+        "validation" if words & {"val", "validation", "valid"} else "train" if words & {"train", "rl", "sft"} else "test"
+        for words in (set(re.split(r"[\W_]+", os.path.basename(path).lower())) for path in paths)]
     if len(names) not in (1, len(paths)) or not {"train", "validation", "test"}.issuperset(names):
         raise UserError("split: must be train, validation or test, one for all files or one for each of the "
                         f"{len(paths)}, got {split!r}")
@@ -244,14 +244,16 @@ def load_datasets(paths, *arguments):
 
 if __name__ == "__main__":
     config = configure(globals(), several=("ckpt", "data"))
-    check_at_least(config, 0, "samples")
+    check_at_least(config, 0, "samples_per_problem")
     check_at_least(config, 1, "max_new_tokens", "max_prompt_tokens")
     names, paths = listed(ckpt), listed(data)
     for knob, given in (("ckpt", names), ("data", paths)):
         if not given:
             raise UserError(f"command line: {knob} is empty; python evaluate.py --ckpt=out/toy/checkpoints/latest "
                             "--data=data/toy/val.jsonl")
-    evals, splits = parse_settings(settings, samples), split_names(paths, split)
+    if os.path.exists(f"{out_dir}/metrics.jsonl"):
+        raise UserError(f"config: out_dir={out_dir!r} holds a training run, its eval.jsonl would be lost; give another")
+    evals, splits = parse_settings(settings, samples_per_problem), split_names(paths, split)
     checkpoints = [(*found, engine_needs(found[1])) for found in find_checkpoints(names)]
     loaded = {}  # what an engine is opened with -> (tokenizer, datasets): all files are checked before any model is loaded
     for _, folder, _, needs in checkpoints:
@@ -285,11 +287,12 @@ if __name__ == "__main__":
         for path, split_name, dataset in zip(paths, splits, datasets):
             head, reflections = dict(step=step, epoch=None, split=split_name, ckpt=name, data=path), []
             for setting in evals:  # one by one: each is on disk before the next is sampled
-                rows, responses = evaluate(engine, dataset, tokenizer, max_new_tokens, seed, world, [setting], samples)
+                rows, responses = evaluate(engine, dataset, tokenizer, max_new_tokens, seed, world, [setting],
+                                           samples_per_problem)
                 if not main:
                     continue
                 for row in rows:
-                    solved = outcomes(responses, row["samples"], row["k"])
+                    solved = outcomes(responses, row["samples_per_problem"], row["k"])
                     change = solved - first.setdefault((path, row["setting"]), solved)
                     is_first = name == checkpoints[0][0]
                     row["difference"] = None if is_first else math.fsum(change) / len(change)

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from reflection import WORDS
-from scheme import RATIOS, deviation, mean, number, steps_of
+from scheme import RATIOS, deviation, finished_epochs, mean, number
 
 COLOURS = {"rl": "#0072B2", "sft": "#D55E00", "base": "#666666"}  # Okabe and Ito's, told apart by colour-blind readers
 DASHES = {"rl": "-", "sft": "--", "base": ":"}
@@ -31,14 +31,13 @@ def step_panel(title, rl, key, y, percent=False):
 
 
 def training_accuracy(rl):
-    """Right answers over all responses of an epoch, at the number of passes finished with it."""
+    """Right answers over all responses of a finished epoch, at the number of passes finished with it."""
     points = {}
     for run in rl:
-        sums = {}
-        for row in steps_of(run):
-            right, n = sums.get(row["epoch"] + 1, (0, 0))
-            sums[row["epoch"] + 1] = right + row["n"] * (number(row.get("train/accuracy")) or 0), n + row["n"]
-        points[run.name] = {epoch: right / n for epoch, (right, n) in sums.items()}
+        epochs = {epoch: [row for row in rows if number(row.get("train/accuracy")) is not None]
+                  for epoch, rows in finished_epochs(run).items()}
+        points[run.name] = {epoch + 1: sum(row["n"] * row["train/accuracy"] for row in rows) / sum(row["n"] for row in rows)
+                            for epoch, rows in epochs.items() if rows}
     return {"title": "training accuracy of an epoch", "x": "epoch", "y": "accuracy", "percent": True,
             "series": [series("RL", "rl", points)]}
 
@@ -119,9 +118,10 @@ def draw(figure, path):
             marker = {"rl": "o", "sft": "s"}[curve["role"]] if len(curve["x"]) < 12 else None
             axis.plot(curve["x"], centre, label=curve["name"], linewidth=1.8, marker=marker, markersize=4, **look)
         axis.set(title=panel["title"], xlabel=panel["x"], ylabel="percent" if panel["percent"] else panel["y"])
-        axis.title.set_fontsize(10)
+        axis.title.set(fontsize=10, parse_math=False)  # a setting's name is not ours to be typeset
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes.flat[0].legend(frameon=False)
+    most = max(range(len(panels)), key=lambda i: len(panels[i]["series"]))
+    axes.flat[most].legend(frameon=False)
     sheet.savefig(path, dpi=90, pil_kwargs={"optimize": True})

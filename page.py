@@ -35,6 +35,7 @@ TEXTS = ("run", "id", "split", "setting", "image", "question", "answer", "respon
 NUMBERS = ("line", "step", "length", "score")     # line: of samples.jsonl
 # a sample as the page gets it: TEXTS and reward names as indices into one table of strings, since most of them repeat
 FIELDS = (*TEXTS, *NUMBERS, "correct", "rewards", "marks", "aha")
+OUTSIDE, TOO_MANY = "outside the folder of images", "left out, too many pictures"
 WORD, BOX, AHA = range(3)   # what a mark [start, end, kind] marks
 
 
@@ -79,7 +80,7 @@ def find_marks(response, correct):
 
 
 def read_runs(runs):
-    """({id: its samples}, notes) of all runs' samples.jsonl, in order. A row without id is a problem of its own."""
+    """({(split, id): its samples}, notes) of all runs' samples.jsonl, in order. A row without id is a problem of its own."""
     problems, notes, missing = {}, [], []
     for name, _, out_dir in runs:
         path, lines, bad = os.path.join(out_dir, "samples.jsonl"), 0, 0
@@ -96,7 +97,7 @@ def read_runs(runs):
                         continue
                     sample |= {"run": name, "line": number, "id": sample["id"] or f"{name} line {number}"}
                     sample["marks"], sample["aha"] = find_marks(sample["response"], sample["correct"])
-                    problems.setdefault(sample["id"], []).append(sample)
+                    problems.setdefault((sample["split"], sample["id"]), []).append(sample)
         except FileNotFoundError:
             missing.append(name)
         except OSError as error:
@@ -110,11 +111,14 @@ def read_runs(runs):
 
 # thumbnails
 
-def thumbnail(path, limit):
+def thumbnail(path, limit, folder="."):
     """the picture as a data URL of at most limit characters, or in a few words why not ('' for no path). Small pictures
-    keep their pixels where these fit."""
+    keep their pixels where these fit. A path that leads out of the folder is not followed: whoever wrote samples.jsonl could
+    put any picture of this machine on a page that is passed on."""
     if not path or not os.path.isfile(path):    # also keeps us from waiting on a pipe
         return "no such file" if path else ""
+    if os.path.commonpath([os.path.realpath(folder), os.path.realpath(path)]) != os.path.realpath(folder):
+        return OUTSIDE
     try:
         image, (width, height) = open_image(path)
         image.close()
@@ -129,7 +133,7 @@ def thumbnail(path, limit):
                 return url
     except Exception:   # a decoder can raise anything on a broken file
         return "cannot be read"
-    return "left out, too many pictures"
+    return TOO_MANY
 
 
 # packing
@@ -143,9 +147,9 @@ def choose(problems, max_samples):
     """(rows, strings) of the problems that fit: the samples as lists in the order of FIELDS, and the table of strings
     that they point into. Problems with a candidate aha moment come first, then by a hash of the id: no order of the data
     can hide a kind of problem, and the same runs give the same page."""
-    def key(id):
-        no_aha = not any(sample["aha"] for sample in problems[id])
-        return no_aha, hashlib.sha256(id.encode("utf-8", "surrogatepass")).digest()
+    def key(problem):
+        no_aha = not any(sample["aha"] for sample in problems[problem])
+        return no_aha, hashlib.sha256(problem[1].encode("utf-8", "surrogatepass")).digest()
 
     rows, strings, index, size = [], [], {}, 0
 
@@ -155,11 +159,11 @@ def choose(problems, max_samples):
             strings.append(text)
         return index[text]
 
-    for id in sorted(problems, key=key):
-        if len(rows) + len(problems[id]) > max_samples:
+    for problem in sorted(problems, key=key):
+        if len(rows) + len(problems[problem]) > max_samples:
             continue
         before, packed = len(strings), []
-        for sample in problems[id]:
+        for sample in problems[problem]:
             packed.append([at(sample[key]) for key in TEXTS] + [sample[key] for key in NUMBERS] +
                           [sample["correct"], [[at(name), value] for name, value in sample["rewards"]],
                            sample["marks"], sample["aha"]])
@@ -174,23 +178,28 @@ def choose(problems, max_samples):
     return rows, strings
 
 
-def read_samples(runs, max_samples):
+def read_samples(runs, max_samples, folder="."):
     """(samples for the page, notes) of runs [(name, 'rl' or 'sft', out_dir)]. Pictures' paths are relative to the working
-    directory, as the runs wrote them."""
+    directory, as the runs wrote them; those that lead out of the folder are left out."""
     problems, notes = read_runs(runs)
     rows, strings = choose(problems, max_samples)
     order = {name: number for number, (name, _, _) in enumerate(runs)}
-    run, id, line, image = (FIELDS.index(name) for name in ("run", "id", "line", "image"))
+    run, id, split, line, image = (FIELDS.index(name) for name in ("run", "id", "split", "line", "image"))
     rows.sort(key=lambda row: (order[strings[row[run]]], row[line]))     # as the runs wrote them
-    total, shown = sum(map(len, problems.values())), len({row[id] for row in rows})
+    total, shown = sum(map(len, problems.values())), len({(row[split], row[id]) for row in rows})
     if len(rows) < total:
         notes.append(f"samples: {len(rows):,} of {total:,} are in the page, all those of {shown:,} of {len(problems):,} "
-                     f"problems; at most {max_samples:,} samples and {TEXT_BYTES / 1e6:g} MB of text")
+                     f"problems, those with a candidate aha moment first; at most {max_samples:,} samples and "
+                     f"{TEXT_BYTES / 1e6:g} MB of text")
     paths = list(dict.fromkeys(row[image] for row in rows if strings[row[image]]))
     limit = min(ONE_IMAGE_BYTES, IMAGE_BYTES // max(1, len(paths)))
-    images = {str(path): thumbnail(strings[path], limit) for path in paths}
-    if lost := sum(not url.startswith("data:") for url in images.values()):
-        notes.append(f"pictures: {lost:,} of {len(images):,} are missing or cannot be read here, their places are marked")
+    images = {str(path): thumbnail(strings[path], limit, folder) for path in paths}
+    lost = [url for url in images.values() if not url.startswith("data:")]
+    for what, n in (("are outside the folder of images, --images=FOLDER names another", lost.count(OUTSIDE)),
+                    ("are left out since all would be too much for the page", lost.count(TOO_MANY)),
+                    ("are missing or cannot be read here", len(lost) - lost.count(OUTSIDE) - lost.count(TOO_MANY))):
+        if n:
+            notes.append(f"pictures: {n:,} of {len(images):,} {what}; their places are marked")
     return {"fields": FIELDS, "rows": rows, "strings": strings, "images": images}, notes
 
 

@@ -15,6 +15,7 @@ runs. What we add:
 """
 import json
 import os
+import re
 
 from configurator import UserError, check_at_least, configure, listed
 from data import NAMES
@@ -29,10 +30,12 @@ runs = ""  # folders of finished RL runs, seeds of one setting; bare arguments s
 sft = ""  # folders of SFT runs to compare with: --sft out/toy_sft-0 out/toy_sft-1; '' = none
 out = "report"  # folder that the report is written to
 max_samples = 5000  # responses on the page at most; whole problems are left out beyond it
+images = "."  # folder that holds the runs' pictures; those outside it are not put on the page, whatever samples.jsonl says
 # ---------------------------------------------------------------------------------------------------------------------
 
 LEGEND = "Line: mean over runs; band: one standard deviation; faint: single runs."
-MAY_DIFFER = ("seed", "out_dir", "logger", "save_samples", "save_every_steps")  # knobs that make no other setting
+MAY_DIFFER = ("seed", "out_dir", "logger", "save_samples", "save_every_steps", "log_every", "max_tokens_per_microbatch",
+              "gpu_memory_utilization", "activation_checkpointing", "max_logprob_diff")  # knobs that make no other setting
 # Tab. 3 of the paper, percent: {(data set, model): {setting: (validation, test)}}, five columns each, None where it has none
 PAPER = {
     ("mm_math5k", "Qwen2-VL-7B"): {
@@ -55,16 +58,20 @@ PAPER = {
 
 def paper_setting(config):
     """The key of PAPER that a run reproduces, or None."""
-    for dataset, (train, *_) in NAMES.items():
-        for model in ("Qwen2-VL-7B", "Qwen2.5-VL-7B"):
-            if train in os.path.basename(config.get("train_data", "")) and model in config.get("model", ""):
-                return dataset, model
+    files = [os.path.basename(str(config.get(knob, ""))) for knob in ("train_data", "val_data", "test_data")]
+    for dataset, model in PAPER:
+        ours = all(file in ("", f"{name}.jsonl") for file, name in zip(files, NAMES[dataset]))
+        if ours and files[0] and model in str(config.get("model", "")):
+            return dataset, model
     return None
 
 
-def percent(cell):
-    """An accuracy with its interval, in percent."""
-    return "–" if cell is None else f"{cell['mean']:.1%} [{cell['low']:.1%}, {cell['high']:.1%}]".replace("%", "")
+def percent(cell, group):
+    """An accuracy with its interval, in percent; where not all runs of the group have it, of how many it is the mean."""
+    if cell is None:
+        return "–"
+    of = "" if len(cell["runs"]) == len(group) else f" ({len(cell['runs'])} of {len(group)} runs)"
+    return f"{cell['mean']:.1%} ({cell['low']:.1%} to {cell['high']:.1%})".replace("%", "") + of
 
 
 def spread(values, form):
@@ -77,7 +84,9 @@ def make_tables(numbers, rl, sft, setting_of_paper):
     """The tables as write_page takes them: cells are texts."""
     accuracy = []
     for row in numbers["accuracy"]:
-        accuracy.append([row["split"], row["setting"], *(percent(row[column]) for column in COLUMNS), str(row["n"])])
+        of_whom = zip(COLUMNS, (rl, sft, rl, sft, rl))
+        accuracy.append([row["split"], row["setting"], *(percent(row[column], group) for column, group in of_whom),
+                         "/".join(str(n) for n in sorted({row[column]["n"] for column in COLUMNS if row[column]}))])
         theirs = PAPER.get(setting_of_paper, {}).get(row["setting"])
         if theirs and row["split"] in ("validation", "test"):
             values = theirs[row["split"] == "test"]
@@ -92,7 +101,7 @@ def make_tables(numbers, rl, sft, setting_of_paper):
             found = [of(column) for column in columns]
             length.append([name, *("–" if value is None else f"{value:.1f}" for value in found)])
     correlations = [[row["run"], "–" if row["r"] is None else f"{row['r']:.2f}",
-                     "–" if row["ci95"] is None else "[{:.2f}, {:.2f}]".format(*row["ci95"]), str(row["steps"])]
+                     "–" if row["ci95"] is None else "{:.2f} to {:.2f}".format(*row["ci95"]), str(row["steps"])]
                     for row in numbers["correlation"]]
     counted = f"{len(rl)} RL run{'s' * (len(rl) > 1)}" + f" and {len(sft)} SFT run{'s' * (len(sft) > 1)}" * bool(sft)
     return [{"id": name, "title": title, "caption": caption, "columns": columns, "rows": rows}
@@ -107,17 +116,18 @@ def make_tables(numbers, rl, sft, setting_of_paper):
         ("words", "Reflection words", "Occurrences in the period; mean ± standard deviation over runs.",
          ["word", *spans], [[name, *(spread(reflection[name][span], "{:.1f}") for span in spans)] for name in WORDS]),
         ("correlation", "Does reflection follow length?", "Pearson's r of response length with reflection ratio over a run's "
-         "steps, with a 95% moving-block bootstrap interval (blocks of the square root of the steps). Both may follow "
-         "training without one causing the other.", ["run", "r", "95%", "steps"], correlations),
+         "steps; of all runs, about each run's own means. With a moving-block bootstrap interval (95%; blocks of the square "
+         "root of the steps; rather too narrow for less than a hundred steps). Both may follow training without one causing "
+         "the other.", ["run", "r", "95%", "steps"], correlations),
         ("length", "Response length and the seed", "Tokens.",
          ["run", *list(numbers["length"][0])[1:]], length))]
 
 
 def markdown(report):
     """The report as Markdown, figures linked."""
-    def cell(text):
-        return text.replace("|", "\\|").replace("\n", " ")
-    lines = [f"# {report['title']}", "", *(f"* {note}" for note in report["notes"]), ""]
+    def cell(text):  # names and settings may be a stranger's: no HTML, link or picture of theirs
+        return re.sub(r"[\\`|<>\[\]!]", r"\\\g<0>", " ".join(text.split()))
+    lines = [f"# {cell(report['title'])}", "", *(f"* {cell(note)}" for note in report["notes"]), ""]
     for table in report["tables"]:
         lines += [f"## {table['title']}", "", table["caption"], ""]
         rows = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
@@ -130,11 +140,15 @@ def markdown(report):
 
 def differences(group):
     """A note on the knobs in which runs that are averaged differ, seeds and paths aside; none where they agree."""
+    notes = [f"{run.name} has no config.py that can be read" for run in group if not run.config]
+    group = [run for run in group if run.config]
     knobs = sorted({knob for run in group for knob in run.config} - set(MAY_DIFFER))
     differ = [f"{knob} ({' / '.join(repr(run.config.get(knob)) for run in group)})" for knob in knobs
               if len({repr(run.config.get(knob)) for run in group}) > 1]
     names = ", ".join(run.name for run in group)
-    return [f"{names} are averaged but are not seeds of one setting: they differ in {', '.join(differ)}"] if differ else []
+    if differ:
+        notes.append(f"{names} are averaged but are not seeds of one setting: they differ in {', '.join(differ)}")
+    return notes
 
 
 def uneven(group):
@@ -145,6 +159,18 @@ def uneven(group):
     return [f"not equally many steps ({steps}): where the shorter curves end, the mean goes on over the others"]
 
 
+def unlike(everything):
+    """Notes where runs that are compared were not evaluated alike."""
+    notes, first = [], everything[0]
+    for what, keys in (("at the same epochs", ("epoch",)), ("on as many problems of the same splits under the same settings",
+                                                           ("split", "setting", "n"))):
+        seen = {run.name: {tuple(row[key] for key in keys) for row in run.evals} for run in everything}
+        if others := [name for name in seen if seen[name] != seen[first.name]]:
+            notes.append(f"{', '.join(others)}: not evaluated {what} as {first.name}, so these means and maxima do not "
+                         "compare like with like")
+    return notes
+
+
 if __name__ == "__main__":
     config = configure(globals(), positional="runs", several=("runs", "sft"))
     if not listed(runs):
@@ -152,21 +178,25 @@ if __name__ == "__main__":
     check_at_least(config, 0, "max_samples")
     notes = []
     folders = [(os.path.normpath(folder), role) for role, text in (("rl", runs), ("sft", sft)) for folder in listed(text)]
-    names = [os.path.basename(folder) for folder, _ in folders]
-    if len({folder for folder, _ in folders}) < len(folders):
+    real = [os.path.realpath(folder) for folder, _ in folders]
+    if len(set(real)) < len(real):
         raise UserError("command line: a run is given twice, it would count twice")
+    if not out or os.path.isfile(out):
+        raise UserError(f"command line: out must be a folder to write to, got {out!r}")
+    names = [os.path.basename(path) for path in real]
     everything = [read_run(folder, folder if names.count(name) > 1 else name, role, notes)
                   for (folder, role), name in zip(folders, names)]
     rl, baseline = ([run for run in everything if run.role == role] for role in ("rl", "sft"))
     for group in (rl, baseline):
         notes += differences(group) + uneven(group)
         notes += [f"{run.name}: no eval.jsonl, so no accuracies" for run in group if not run.evals]
+    notes += unlike([run for run in everything if run.evals] or everything)
 
     numbers = {"accuracy": accuracy_numbers(rl, baseline), "reflection": reflection_numbers(rl),
                "correlation": correlation_numbers(rl), "length": length_numbers(rl)}
     figures = make_figures(rl, baseline, numbers)
     tables = make_tables(numbers, rl, baseline, paper_setting(rl[0].config))
-    samples, left_out = read_samples([(run.name, run.role, run.folder) for run in everything], max_samples)
+    samples, left_out = read_samples([(run.name, run.role, run.folder) for run in everything], max_samples, images)
     report = {"title": " and ".join(", ".join(run.name for run in group) for group in (rl, baseline) if group),
               "notes": notes + left_out, "figures": figures, "tables": tables, "samples": samples,
               "configs": [{"run": run.name, "text": run.config_text or "no config.py in this run"} for run in everything]}

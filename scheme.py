@@ -13,6 +13,7 @@ from intervals import moments, pearson, resampled_blocks, student, wilson
 from reflection import TOTALS, WORDS, ratios
 
 COLUMNS = ("Vanilla", "SFT mean", "RL mean", "SFT max", "RL max")  # the paper's Tab. 3
+LEAST_STEPS = 20  # a bootstrap of fewer would be too sure of itself (of two steps it would say 1.00 to 1.00)
 RATIOS = tuple(ratios(dict.fromkeys(TOTALS, 0)))  # the five names
 
 
@@ -37,6 +38,8 @@ def read_jsonl(path, notes):
     rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 if type(row) is not dict:
@@ -54,20 +57,29 @@ def read_config_text(text):
     try:
         assigned = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
         return {node.targets[0].id: constant(node.value) for node in assigned}
-    except (SyntaxError, ValueError, AttributeError, RecursionError, MemoryError):
+    except (SyntaxError, ValueError, AttributeError, ArithmeticError, RecursionError, MemoryError):
         return {}  # written by hand or by something else: it is shown, and nothing is read from it
 
 
 def read_run(folder, name, role, notes):
-    """The Run in a folder; UserError when it lacks what a report needs."""
+    """The Run in a folder; UserError when it lacks what a report needs, or holds what no run writes."""
     metrics, evals = (read_jsonl(f"{folder}/{file}.jsonl", notes) for file in ("metrics", "eval"))
     needed, rows = ("metrics", metrics) if role == "rl" else ("eval", evals)
     if not rows:
         raise UserError(f"{folder}: no {needed}.jsonl with rows in it; give the out_dir of a run of train_{role}.py")
     for row, keys in [(row, ("step", "epoch", "samples")) for row in metrics] + [
             (row, ("epoch", "accuracy", "n")) for row in evals]:
-        if bad := [key for key in keys if type(row.get(key)) not in (int, float) or not math.isfinite(row[key])]:
+        if bad := [key for key in keys if number(row.get(key)) is None]:
             raise UserError(f"{folder}: a row without a number for {bad[0]}; give the out_dir of a run of train_{role}.py")
+    for row in evals:
+        if not (0 <= row["accuracy"] <= 1 <= row["n"] and type(row.get("split")) is type(row.get("setting")) is str):
+            raise UserError(f"{folder}/eval.jsonl: not a row that a run writes: {str(row)[:100]}; restore the file")
+    for key in ("step", "samples"):
+        counts = [0] + [row[key] for row in metrics]
+        if falls := [after for before, after in zip(counts, counts[1:]) if after <= before]:
+            raise UserError(f"{folder}/metrics.jsonl: {key} must rise from row to row, {falls[0]} does not; restore the file")
+    if metrics and ("train/accuracy" in metrics[0]) != (role == "rl"):
+        raise UserError(f"{folder} is no run of train_{role}.py; RL runs are named first, SFT runs after --sft")
     text = ""
     if os.path.isfile(f"{folder}/config.py"):
         with open(f"{folder}/config.py", encoding="utf-8", errors="replace") as file:
@@ -79,8 +91,8 @@ def read_run(folder, name, role, notes):
 # numbers
 
 def number(value):
-    """value where it is a finite number, else None: a null stays a gap."""
-    return value if type(value) in (int, float) and math.isfinite(value) else None
+    """value where it is a number that float64 and JavaScript hold, else None: a null stays a gap."""
+    return value if type(value) in (int, float) and abs(value) < 2**53 else None
 
 
 def mean(values):
@@ -95,8 +107,8 @@ def deviation(values):
 
 
 def averaged(values, n, seeds=True):
-    """{mean, low, high, runs} of one accuracy of each run over the same n problems, or None without runs. The interval is for
-    other problems (Wilson) and, where runs are seeds of something trained, for another seed (Student's t over the runs)."""
+    """{mean, low, high, n, runs} of one accuracy of each run over the same n problems, or None without runs. The interval is
+    for other problems (Wilson) and, where runs are seeds of one training, for another seed (Student's t over the runs)."""
     if not values:
         return None
     centre = mean(values)
@@ -105,24 +117,31 @@ def averaged(values, n, seeds=True):
     if seeds and len(values) > 1:
         over_seeds = student(len(values) - 1) * deviation(values) / math.sqrt(len(values))
     return {"mean": centre, "low": max(0.0, centre - math.hypot(over_seeds, centre - low)),
-            "high": min(1.0, centre + math.hypot(over_seeds, high - centre)), "runs": values}
+            "high": min(1.0, centre + math.hypot(over_seeds, high - centre)), "n": n, "runs": values}
+
+
+def accuracies(group, split, setting, trained):
+    """(accuracies, n) of each run that was evaluated so: after training began, or before."""
+    found = []
+    for run in group:
+        rows = [row for row in run.evals if (row["split"], row["setting"]) == (split, setting)
+                and (row["epoch"] > 0) == trained]
+        if rows:
+            found.append(([row["accuracy"] for row in rows], min(row["n"] for row in rows)))
+    return found
 
 
 def accuracy_numbers(rl, sft):
     """Tab. 3 of the runs: for each split and setting the five COLUMNS. Mean and max are over the evaluations of trained
     models (epoch > 0) of each run."""
-    rows, seen = [], {}
-    for run in rl + sft:
-        for row in run.evals:
-            seen.setdefault((row.get("split"), row.get("setting")), row["n"])
-    for (split, setting), n in sorted(seen.items(), key=lambda item: str(item[0][0]) != "validation"):
-        def of(group, pick, trained=True, key=(split, setting)):
-            chosen = [[row["accuracy"] for row in run.evals if (row.get("split"), row.get("setting")) == key
-                       and (row["epoch"] > 0) == trained] for run in group]
-            return [pick(values) for values in chosen if values]
-        cells = (of(rl, mean, trained=False), of(sft, mean), of(rl, mean), of(sft, max), of(rl, max))
-        rows.append({"split": split, "setting": setting, "n": n,
-                     **{column: averaged(values, n, seeds=column != "Vanilla") for column, values in zip(COLUMNS, cells)}})
+    rows, keys = [], {(row["split"], row["setting"]): None for run in rl + sft for row in run.evals}
+    for split, setting in sorted(keys, key=lambda key: key[0] != "validation"):
+        cells = {}
+        for column, group, pick in zip(COLUMNS, (rl, sft, rl, sft, rl), (mean, mean, mean, max, max)):
+            found = accuracies(group, split, setting, trained=column != "Vanilla")
+            n = min((n for _, n in found), default=None)
+            cells[column] = averaged([pick(values) for values, _ in found], n, seeds=column != "Vanilla")
+        rows.append({"split": split, "setting": setting, **cells})
     return rows
 
 
@@ -131,11 +150,11 @@ def pooled(metrics):
     are summed and divided once."""
     counts = dict.fromkeys(TOTALS + WORDS, 0)
     for row in metrics:
-        if number(row.get("reflection/reflection_ratio")) is None:
-            continue  # a step that did not count: not one without reflection
+        if number(row.get("reflection/reflection_ratio")) is None or number(row.get("train/accuracy")) is None:
+            continue  # a step that did not count, not one without reflection or right answers
         n, value = row["n"], {name: number(row.get(f"reflection/{name}")) or 0 for name in RATIOS}
         n_ref = round(value["reflection_ratio"] * n)
-        for name, count in zip(TOTALS, (n, n_ref, round((number(row.get("train/accuracy")) or 0) * n),
+        for name, count in zip(TOTALS, (n, n_ref, round(row["train/accuracy"] * n),
                                         round(value["correct_ratio_in_reflection_texts"] * n_ref)), strict=True):
             counts[name] += count
         for word in WORDS:
@@ -152,12 +171,22 @@ def steps_of(run):
     return rows
 
 
+def finished_epochs(run):
+    """{epoch: its steps}, without a last one that has fewer steps than the first: the run was stopped within it, or goes on.
+    A run that did not finish one has what it has."""
+    epochs = {}
+    for row in steps_of(run):
+        epochs.setdefault(row["epoch"], []).append(row)
+    last = list(epochs)[-1]
+    if len(epochs) > 1 and len(epochs[last]) < len(next(iter(epochs.values()))):
+        del epochs[last]
+    return epochs
+
+
 def periods(run):
     """{period: the steps of the run in it}."""
-    rows = steps_of(run)
-    first, last = rows[0]["epoch"], rows[-1]["epoch"]
-    return {"first epoch": [row for row in rows if row["epoch"] == first],
-            "last epoch": [row for row in rows if row["epoch"] == last], "all steps": rows}
+    epochs = list(finished_epochs(run).values())
+    return {"first epoch": epochs[0], "last epoch": epochs[-1], "all steps": steps_of(run)}
 
 
 def reflection_numbers(rl):
@@ -168,13 +197,14 @@ def reflection_numbers(rl):
 
 def correlation_numbers(rl, resamples=2000):
     """Pearson's r of response length with reflection_ratio over the steps of each run and, of several runs, over the steps of
-    all, each about its run's own means; with a 95% moving-block bootstrap interval. None where one never changes."""
+    all, each about its run's own means; with a 95% moving-block bootstrap interval from LEAST_STEPS on. None where one of
+    the two never changes."""
     rows, rng, total, total_again, steps = [], np.random.default_rng(0), 0, 0, 0
 
     def add_row(name, found, again, n):
         r = number(float(pearson(found)))
         again = pearson(again)
-        interval = None if r is None else np.percentile(again[np.isfinite(again)], (2.5, 97.5)).tolist()
+        interval = None if r is None or n < LEAST_STEPS else np.percentile(again[np.isfinite(again)], (2.5, 97.5)).tolist()
         rows.append({"run": name, "r": r, "ci95": interval, "steps": n})
 
     for run in rl:

@@ -122,7 +122,7 @@ def test_settings_that_can_be_read(text, samples, expected):
     ("pass@1 T=1 top_p=1.01", 0, ["top_p must be", "got 1.01"]),
     ("pass@1 T=1, pass@1 T=1.0 top_p=1", 0, ["pass@1 T=1 top_p=1 is there twice"]),
     ("pass@8/1/8 T=1", 0, ["pass@8 T=1 top_p=1 is there twice"]),
-    ("pass@1/8 T=1", 7, ["needs 8 responses", "samples=7"]),
+    ("pass@1/8 T=1", 7, ["needs 8 responses", "samples_per_problem=7"]),
 ])
 def test_settings_that_cannot_be_read_say_why(text, samples, words):
     with pytest.raises(UserError) as error:
@@ -176,7 +176,7 @@ def test_default_requests_are_those_of_the_published_results(alone):
     assert asked[1][1][0] == 8502089838642838399 and asked[2][1][4] == 6969111278238651125
     assert hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16] == "5a7c149245d50136"
     assert hashlib.sha256(json.dumps(samples).encode()).hexdigest()[:16] == "93447c3f23b32e1a"
-    assert [(r["setting"], r["accuracy"], r["n"], r["samples"], r["clip_ratio"]) for r in rows] == [
+    assert [(r["setting"], r["accuracy"], r["n"], r["samples_per_problem"], r["clip_ratio"]) for r in rows] == [
         ("pass@8 T=1 top_p=1", 0.4, 5, 8, 0.35), ("pass@1 T=0.6 top_p=1", 0.0, 5, 1, 0.4),
         ("pass@1 T=0.01 top_p=0.001", 0.4, 5, 1, 0.4)]
     assert all(row["ci95"] == wilson(round(5 * row["accuracy"]), 5) for row in rows)
@@ -186,7 +186,7 @@ def test_default_requests_are_those_of_the_published_results(alone):
 def test_several_k_share_the_responses_of_the_largest(alone):
     several, rows, samples = ask([((1, 8, 2), 1.0, 1.0)])
     assert several == ask([(8, 1.0, 1.0)])[0]
-    assert [row["k"] for row in rows] == [1, 8, 2] and {row["samples"] for row in rows} == {8}
+    assert [row["k"] for row in rows] == [1, 8, 2] and {row["samples_per_problem"] for row in rows} == {8}
     assert {s["setting"] for s in samples} == {"pass@8 T=1 top_p=1"} and len(samples) == 40
     right = [[s["correct"] for s in samples[8 * i:8 * i + 8]] for i in range(5)]
     for row in rows:
@@ -248,6 +248,13 @@ def test_all_that_is_stored_goes_to_the_engine_but_a_head_that_is_tied(tiny_mode
 def test_split_is_given_or_read_from_the_files_names(split, expected):
     paths = ["train/text_val.jsonl", "data/toy/train.jsonl", "a/geometry3k_rl_v0.jsonl", "val/mm_math_test_v0.jsonl"]
     assert split_names(paths, split) == expected
+    assert split_names(["constrained_test.jsonl", "retrieval_test.jsonl", "my-val.jsonl"], "") == ["test", "test", "validation"]
+
+
+def test_a_training_run_is_not_written_over(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="holds a training run, its eval.jsonl would be lost"):
+        run_main(monkeypatch, "--ckpt=a", "--data=b", f"--out_dir={tmp_path}")
 
 
 @pytest.mark.parametrize("split", ["val", "train,test", "train,test,valid"])
@@ -270,8 +277,8 @@ def test_user_errors_come_before_any_model(tiny_model_dir, tiny_jsonl, tmp_path,
     ckpt, data = f"--ckpt={tiny_model_dir}", f"--data={tiny_jsonl}"
     for arguments, words in [
         ([data], ["ckpt is empty"]), ([ckpt], ["data is empty"]),
-        ([ckpt, data, "--samples=4"], ["pass@8 T=1 top_p=1", "samples=4"]),
-        ([ckpt, data, "--samples=-1"], ["samples must be at least 0"]),
+        ([ckpt, data, "--samples_per_problem=4"], ["pass@8 T=1 top_p=1", "samples_per_problem=4"]),
+        ([ckpt, data, "--samples_per_problem=-1"], ["samples_per_problem must be at least 0"]),
         ([ckpt, data, "--settings=greedy"], ["'greedy' cannot be read"]),
         ([ckpt, data, "--split=val"], ["got 'val'"]),
         ([ckpt, "--data", tiny_jsonl, tiny_jsonl], ["tiny.jsonl is there twice"]),
@@ -323,7 +330,7 @@ def files(tmp_path_factory):
 def command(out_dir, files, *ckpt, ranks=1):
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return [sys.executable, *launcher, "evaluate.py", "--ckpt", *map(str, ckpt), "--data", *files, f"--settings={SETTINGS}",
-            "--samples=4", "--rollout=hf", "--max_new_tokens=64", f"--out_dir={out_dir}"]
+            "--samples_per_problem=4", "--rollout=hf", "--max_new_tokens=64", f"--out_dir={out_dir}"]
 
 
 def launch(*arguments, **keywords):
@@ -364,7 +371,7 @@ def test_rows_are_as_promised_and_the_samples_say_the_same(curve, checkpoints, f
     for row in rows:
         ours = solved[row["ckpt"], row["data"], row["setting"]]
         first = solved[names[0], row["data"], row["setting"]]
-        assert row["accuracy"] == pytest.approx(ours.mean()) and row["samples"] == 4 and len(ours) == row["n"]
+        assert row["accuracy"] == pytest.approx(ours.mean()) and row["samples_per_problem"] == 4 and len(ours) == row["n"]
         if row["ckpt"] == names[0]:
             assert row["difference"] is None and row["difference95"] is None
         else:

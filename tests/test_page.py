@@ -115,8 +115,8 @@ def test_a_cap_drops_whole_problems_keeps_aha_moments_and_ignores_the_order(tmp_
         samples, notes = read_samples(runs, 83)
         ids = [row['id'] for row in unpack(samples)]
         assert len(ids) == 81 and 'aha' in ids and all(ids.count(id) == 5 for id in set(ids) - {'aha'})
-        assert notes == ['samples: 81 of 201 are in the page, all those of 17 of 41 problems; '
-                         'at most 83 samples and 10 MB of text']
+        assert notes == ['samples: 81 of 201 are in the page, all those of 17 of 41 problems, '
+                         'those with a candidate aha moment first; at most 83 samples and 10 MB of text']
         order = [(row['run'], row['line']) for row in unpack(samples)]
         assert order == sorted(order)
         kept.append(set(ids))
@@ -126,13 +126,20 @@ def test_a_cap_drops_whole_problems_keeps_aha_moments_and_ignores_the_order(tmp_
     assert read_samples(runs, 0)[0]['rows'] == []
 
 
+def test_the_same_id_in_two_splits_is_two_problems(tmp_path):
+    rows = [sample('1', step, split=split) for step in (1, 2) for split in ('train', 'validation')]
+    samples, notes = read_samples([('one', 'rl', write_run(tmp_path, rows))], 3)
+    assert len({row['split'] for row in unpack(samples)}) == 1 and len(samples['rows']) == 2
+    assert notes[0].startswith('samples: 2 of 4 are in the page, all those of 1 of 2 problems')
+
+
 def test_text_that_is_too_much_leaves_out_its_problem_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(page, 'TEXT_BYTES', 50_000)
     rows = [sample('long', response='<' * 9_000), *(sample(f'p{i}') for i in range(20))]    # each < takes six bytes
     samples, notes = read_samples([('one', 'rl', write_run(tmp_path, rows))], 100)
     assert {row['id'] for row in unpack(samples)} == {f'p{i}' for i in range(20)}
-    assert notes == ['samples: 20 of 21 are in the page, all those of 20 of 21 problems; '
-                     'at most 100 samples and 0.05 MB of text']
+    assert notes == ['samples: 20 of 21 are in the page, all those of 20 of 21 problems, '
+                     'those with a candidate aha moment first; at most 100 samples and 0.05 MB of text']
     assert len(page.encode(samples)) < 60_000 and not any('<<' in text for text in samples['strings'])
 
 
@@ -152,14 +159,14 @@ def test_a_small_picture_keeps_its_pixels_and_a_large_one_fits_its_share(tmp_pat
     small.save(tmp_path / 'small.png')
     large.save(tmp_path / 'large.png')
     Image.new('RGB', (3000, 20), 'red').save(tmp_path / 'thin.png')
-    same = opened(thumbnail(str(tmp_path / 'small.png'), 32_768)).convert('RGB')
+    same = opened(thumbnail(str(tmp_path / 'small.png'), 32_768, tmp_path)).convert('RGB')
     assert np.array_equal(np.asarray(same), np.asarray(small))
     for limit in (32_768, 6_000, 1_500):
-        url = thumbnail(str(tmp_path / 'large.png'), limit)
+        url = thumbnail(str(tmp_path / 'large.png'), limit, tmp_path)
         width, height = opened(url).size
         assert len(url) <= limit and max(width, height) <= 320 and abs(width / height - 4 / 3) < 0.1
-    assert opened(thumbnail(str(tmp_path / 'thin.png'), 32_768)).size in [(319, 2), (320, 2)]
-    assert thumbnail(str(tmp_path / 'large.png'), 50) == 'left out, too many pictures'
+    assert opened(thumbnail(str(tmp_path / 'thin.png'), 32_768, tmp_path)).size in [(319, 2), (320, 2)]
+    assert thumbnail(str(tmp_path / 'large.png'), 50, tmp_path) == 'left out, too many pictures'
 
 
 @pytest.mark.parametrize('mode', ['P', 'CMYK', 'RGBA', 'L', '1', 'I;16'])
@@ -168,7 +175,7 @@ def test_every_kind_of_picture_is_shown(tmp_path, mode):
     picture = Image.new(mode, (40, 30), 51_400) if mode == 'I;16' else grey.convert(mode)
     name = str(tmp_path / ('x.jpg' if mode == 'CMYK' else 'x.png'))
     picture.save(name)
-    shown = np.asarray(opened(thumbnail(name, 32_768)).convert('L'))
+    shown = np.asarray(opened(thumbnail(name, 32_768, tmp_path)).convert('L'))
     assert shown.shape == (30, 40) and abs(shown.mean() - 200) < (3 if mode != '1' else 60)
 
 
@@ -180,12 +187,35 @@ def test_a_shared_picture_is_stored_once_and_lost_ones_are_counted(tmp_path):
     Image.new('1', (12_000, 12_000)).save(tmp_path / 'huge.png')
     names = ['there.png', 'there.png', 'broken.png', 'gone.png', 'pipe.png', 'huge.png', '\0', '\ud800']
     rows = [sample(f'p{i}', image=name if name in '\0\ud800' else str(tmp_path / name)) for i, name in enumerate(names)]
-    samples, notes = read_samples([('one', 'rl', write_run(tmp_path, rows + [sample('none', image=None)]))], 100)
+    samples, notes = read_samples([('one', 'rl', write_run(tmp_path, rows + [sample('none', image=None)]))], 100, tmp_path)
     urls = {os.path.basename(samples['strings'][int(key)]): url for key, url in samples['images'].items()}
     assert urls.pop('there.png').startswith('data:image/webp;base64,')
     assert urls == dict.fromkeys(['broken.png', 'huge.png'], 'cannot be read') | \
         dict.fromkeys(['gone.png', 'pipe.png', '\0', '\ud800'], 'no such file')
-    assert notes == ['pictures: 6 of 7 are missing or cannot be read here, their places are marked']
+    assert notes == ['pictures: 6 of 7 are missing or cannot be read here; their places are marked']
+
+
+def test_a_path_that_leads_out_of_the_folder_of_images_is_not_followed(tmp_path):
+    inside = tmp_path / 'inside'
+    inside.mkdir()
+    noise(30, 30).save(tmp_path / 'private.png')
+    noise(30, 31).save(inside / 'ours.png')
+    os.symlink(tmp_path / 'private.png', inside / 'link.png')
+    names = [str(tmp_path / 'private.png'), f'{inside}/../private.png', f'{inside}/link.png', f'{inside}/ours.png']
+    rows = [sample(f'p{i}', image=name) for i, name in enumerate(names)]
+    samples, notes = read_samples([('one', 'rl', write_run(inside, rows))], 100, inside)
+    urls = {samples['strings'][int(key)]: url for key, url in samples['images'].items()}
+    assert [urls[name] for name in names[:3]] == ['outside the folder of images'] * 3
+    assert urls[names[3]].startswith('data:image/webp;base64,')
+    assert notes == ['pictures: 3 of 4 are outside the folder of images, --images=FOLDER names another; their places are '
+                     'marked']
+
+
+def test_pictures_left_out_for_their_size_are_not_called_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, 'IMAGE_BYTES', 200)
+    noise(300, 300).save(tmp_path / 'x.png')
+    _, notes = read_samples([('one', 'rl', write_run(tmp_path, [sample('a', image=str(tmp_path / 'x.png'))]))], 100, tmp_path)
+    assert notes == ['pictures: 1 of 1 are left out since all would be too much for the page; their places are marked']
 
 
 def test_pictures_share_their_budget(tmp_path, monkeypatch):
@@ -193,7 +223,7 @@ def test_pictures_share_their_budget(tmp_path, monkeypatch):
     for i in range(10):
         noise(300, 300 + i).save(tmp_path / f'{i}.png')
     rows = [sample(f'p{i}', image=str(tmp_path / f'{i}.png')) for i in range(10)]
-    samples, notes = read_samples([('one', 'rl', write_run(tmp_path, rows))], 100)
+    samples, notes = read_samples([('one', 'rl', write_run(tmp_path, rows))], 100, tmp_path)
     assert len(samples['images']) == 10 and sum(map(len, samples['images'].values())) <= 40_000 and notes == []
 
 
@@ -314,7 +344,7 @@ def ordinary(tmp_path_factory):
     with open(folder / 'one' / 'samples.jsonl', 'a') as file:
         for row in (sample('p1', 3, weak), sample('p2', 2, strong), sample('p3', 2, 'x', False, error='timeout')):
             file.write(json.dumps(row) + '\n')
-    samples, notes = read_samples(runs, 1000)
+    samples, notes = read_samples(runs, 1000, folder)
     write_page(folder / 'index.html', {
         'title': 'Two runs', 'notes': notes, 'samples': samples, 'configs': [{'run': 'one', 'text': 'seed = 0'}],
         'figures': [{'title': 'Evaluation', 'caption': 'why',
@@ -555,7 +585,7 @@ def test_five_thousand_samples_and_pictures_fit_and_filter_fast(visit, tmp_path)
         text = ' '.join(rng.choice(words, 120)) + rf' \boxed{{{i}}}'
         rows.append(sample(f'problem-{i % 1250}', i // 1250, text, bool(i % 3), image=str(tmp_path / f'{i}.png'),
                            split=('train', 'test')[i % 2]))
-    samples, notes = read_samples([('one', 'rl', write_run(tmp_path / 'one', rows))], 5000)
+    samples, notes = read_samples([('one', 'rl', write_run(tmp_path / 'one', rows))], 5000, tmp_path)
     assert len(samples['rows']) == len(set(samples['images'].values())) == 5000 and notes == []
     write_page(tmp_path / 'index.html', {'samples': samples})
     size = os.path.getsize(tmp_path / 'index.html')

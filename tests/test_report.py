@@ -17,7 +17,7 @@ import scheme
 from configurator import UserError
 from figures import make_figures, series
 from intervals import student, wilson
-from reflection import TOTALS, WORDS, metrics, tally
+from reflection import WORDS, metrics, tally
 from scheme import COLUMNS, Run, averaged, correlation_numbers, length_numbers, pooled, read_run, reflection_numbers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -84,7 +84,7 @@ def test_the_other_tables_are_those_of_an_independent_script(toy_report):
     for (name, r, interval, steps), log in zip(rows, logs):
         x, y = ([row[key] for row in log] for key in ("response/length", "reflection/reflection_ratio"))
         assert (name[:4], steps) == ("toy-", "32") and r == f"{np.corrcoef(x, y)[0, 1]:.2f}"
-        low, high = map(float, re.findall(r"-?[\d.]+", interval))
+        low, high = map(float, interval.split(" to "))
         assert low < float(r) < high
     assert rows[3][0] == "all runs" and rows[3][3] == "96"
     header, rows = rows_of(markdown, "Response length and the seed")
@@ -120,6 +120,12 @@ def test_the_committed_report_and_the_readme_are_made_by_the_readmes_command(toy
     assert f"python report.py {' '.join(TOY)} --sft {' '.join(TOY_SFT)} --out=results/toy_report" in readme
     made, committed = (folder / "report.md" for folder in (toy_report, ROOT / "results/toy_report"))
     assert made.read_text() == committed.read_text(), "run the command again"
+
+    def leaves(value):
+        return [leaf for part in (value.values() if isinstance(value, dict) else value) for leaf in leaves(part)] \
+            if isinstance(value, (dict, list)) else [value]
+    committed = leaves(json.loads((ROOT / "results/toy_report/numbers.json").read_text()))
+    assert [pytest.approx(leaf, rel=1e-9) if isinstance(leaf, float) else leaf for leaf in committed] == leaves(numbers)
     made = {path.name for path in (toy_report / "figures").iterdir()}
     assert made == {path.name for path in (ROOT / "results/toy_report/figures").iterdir()}
     means = {(row["split"], row["setting"]): [f"{100 * row[column]['mean']:.1f}" for column in COLUMNS[:3]]
@@ -147,10 +153,11 @@ def test_averaged_by_hand():
     same = averaged([0.50, 0.52, 0.54], 100, seeds=False)  # one model sampled three times
     assert (same["low"], same["high"]) == pytest.approx((low, high))
     assert averaged([0.5] * 40, 100)["low"] == pytest.approx(wilson(50, 100)[0])  # more runs than the table has rows
+    assert same["n"] == 100 and same["runs"] == [0.50, 0.52, 0.54]
 
 
 def test_students_t_is_that_of_the_textbook():
-    assert [student(freedom) for freedom in (1, 2, 3, 4, 5, 30, 31)] == [12.706, 4.303, 3.182, 2.776, 2.571, 2.042, 1.96]
+    assert [student(freedom) for freedom in (1, 2, 3, 4, 5, 30, 99)] == [12.706, 4.303, 3.182, 2.776, 2.571, 2.042, 2.042]
     assert list(intervals.STUDENT) == sorted(intervals.STUDENT, reverse=True)
 
 
@@ -179,6 +186,8 @@ def test_ratios_of_several_steps_are_pooled_counts():
     assert pooled([]) == metrics_of_nothing() and whole["N"] == 12
     run.metrics[1]["reflection/reflection_ratio"] = None       # a step that was not counted is left out, it is not 0
     assert reflection_numbers([run])["reflection_ratio"]["all steps"] == [3 / 10]
+    run.metrics[0]["train/accuracy"] = None                    # what was right is not known: then none of it is
+    assert reflection_numbers([run])["reflection_ratio"]["all steps"] == [None]
 
 
 def metrics_of_nothing():
@@ -187,8 +196,9 @@ def metrics_of_nothing():
 
 def test_a_period_is_an_epoch_and_its_steps_weigh_by_their_responses():
     run = a_run([(step_row(1, ["six"], [True], length=10.0), 30), (step_row(2, ["six"], [True], length=20.0), 10),
-                 (step_row(3, ["six"], [True], epoch=1, length=40.0), 10)])
-    assert list(length_numbers([run])[0].values()) == ["a", 10.0, 40.0, 18.0, 40.0]  # first, last epoch, all, longest
+                 (step_row(3, ["six"], [True], epoch=1, length=40.0), 10), (step_row(4, ["six"], [True], 1, 30.0), 30)])
+    wanted = ["a", 10.0, (10 * 40 + 30 * 30) / 40, (300 + 200 + 400 + 900) / 80, 40.0]  # first, last epoch, all, longest
+    assert list(length_numbers([run])[0].values()) == wanted
 
 
 def correlated(values, name="a"):
@@ -235,12 +245,12 @@ def test_the_words_shown_are_frequent_and_changing():
 
 def test_training_accuracy_is_that_of_the_epochs_responses():
     rows = [(step_row(1, ["six"] * 4, [True] * 4), 30), (step_row(2, ["six"] * 4, [False] * 4), 10),
-            (step_row(3, ["six"] * 4, [True, False, False, False], epoch=1), 10)]
+            (step_row(3, ["six"] * 4, [True, False, False, False], epoch=1), 10), (step_row(4, ["six"], [True], epoch=1), 5)]
     run = a_run(rows)
     figures = make_figures([run], [], {"accuracy": [], "reflection": reflection_numbers([run])})
     figure = next(figure for figure in figures if figure["id"] == "training")
     curve = figure["panels"][0]["series"][0]
-    assert curve["x"] == [1, 2] and curve["mean"] == [0.75, 0.25]
+    assert curve["x"] == [1, 2] and curve["mean"] == [0.75, (2.5 + 5) / 15]
 
 
 # --- runs of a paper setting
@@ -254,10 +264,11 @@ def test_the_papers_numbers_stand_beside_runs_of_its_settings():
     numbers = {"accuracy": scheme.accuracy_numbers([run], []), "reflection": reflection_numbers([run]),
                "correlation": correlation_numbers([run]), "length": length_numbers([run])}
     rows = report.make_tables(numbers, [run], [], ("geometry3k", "Qwen2.5-VL-7B"))[0]["rows"]
-    assert rows[1] == ["", "the paper", "69.4", "–", "69.3", "–", "71.8", ""] and rows[0][2].startswith("50.0 [46.0, 54.0]")
+    assert rows[1] == ["", "the paper", "69.4", "–", "69.3", "–", "71.8", ""] and rows[0][2] == "50.0 (46.0 to 54.0)"
     assert rows[0][3] == "–" and len(rows) == 6
     assert report.paper_setting({"model": "toy_base", "train_data": "data/toy/train.jsonl"}) is None
-    assert report.paper_setting({"model": "Qwen/Qwen2.5-VL-3B-Instruct", "train_data": config["train_data"]}) is None
+    assert report.paper_setting(config | {"model": "Qwen/Qwen2.5-VL-3B-Instruct"}) is None
+    assert report.paper_setting(config | {"test_data": "data/other.jsonl"}) is None
 
 
 @pytest.mark.parametrize("name, key", [("geo3k", ("geometry3k", "Qwen2.5-VL-7B")), ("mm_math", ("mm_math5k", "Qwen2-VL-7B")),
@@ -314,11 +325,12 @@ def test_user_errors_are_one_line(tmp_path):
     (bad / "metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
     odd = leave_run(tmp_path / "odd")
     (odd / "metrics.jsonl").write_text('{"step": 1, "epoch": NaN, "samples": 3}\n')
-    for arguments, message in (((), "which runs?"), ((empty,), "empty: no metrics.jsonl"), ((good, good), "given twice"),
+    for arguments, message in (((), "which runs?"), ((empty,), "empty: no metrics.jsonl"),
+                               ((good, f"{good}/../good"), "given twice"), ((good, "--out="), "out must be a folder"),
                                ((bad,), "metrics.jsonl:2: not a line that a run writes"),
                                ((odd,), "a row without a number for epoch"),
                                ((good, "--sft", empty), "empty: no eval.jsonl")):
-        done = run(*arguments, f"--out={tmp_path}/out")
+        done = run(*arguments, *[f"--out={tmp_path}/out"] * ("--out=" not in arguments))
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, (arguments, done.stderr)
     assert not (tmp_path / "out").exists()
 
@@ -330,7 +342,66 @@ def test_hostile_values_are_gaps(tmp_path):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = read_run(str(folder), "a", "rl", [])
     assert length_numbers([found])[0]["first step"] is None and length_numbers([found])[0]["all steps"] == 7.0
-    with pytest.raises(UserError, match="a row without a number for accuracy"):
-        (folder / "eval.jsonl").write_text('{"epoch": 1, "n": 3, "accuracy": "1"}\n')
+
+
+@pytest.mark.parametrize("file, row, message", [
+    ("eval", {"accuracy": "1"}, "a row without a number for accuracy"), ("eval", {"accuracy": 2}, "not a row that a run"),
+    ("eval", {"n": 0}, "not a row that a run"), ("eval", {"split": ["test"]}, "not a row that a run"),
+    ("eval", {"setting": None}, "not a row that a run"), ("metrics", {"step": 10**400}, "a row without a number for step"),
+    ("metrics", {"samples": 0}, "samples must rise"), ("metrics", {"step": 0}, "step must rise")])
+def test_rows_that_no_run_writes_are_refused(tmp_path, file, row, message):
+    folder = leave_run(tmp_path / "a")
+    rows = load(folder / f"{file}.jsonl")
+    (folder / f"{file}.jsonl").write_text("".join(json.dumps(old | row) + "\n" for old in rows))
+    with pytest.raises(UserError, match=message):
         read_run(str(folder), "a", "rl", [])
-    assert set(TOTALS) == {"N", "N_ref", "N_correct", "N_ref_correct"}
+
+
+def test_runs_of_the_other_script_are_refused(tmp_path):
+    folder = leave_run(tmp_path / "a")
+    with pytest.raises(UserError, match="is no run of train_sft.py"):
+        read_run(str(folder), "a", "sft", [])
+    rows = [{key: row[key] for key in ("step", "epoch", "samples")} for row in load(folder / "metrics.jsonl")]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")  # a blank line is nothing
+    assert read_run(str(folder), "a", "sft", []).role == "sft"
+    with pytest.raises(UserError, match="is no run of train_rl.py"):
+        read_run(str(folder), "a", "rl", [])
+
+
+@pytest.mark.parametrize("text", ["x = 1//0", "x = 10**9", "x = [", "train_data = 5\nmodel = 7", "x = " + "(" * 5000])
+def test_a_config_that_is_none_is_not_fatal(tmp_path, text):
+    folder = leave_run(tmp_path / "a")
+    (folder / "config.py").write_text(text)
+    assert report.paper_setting(read_run(str(folder), "a", "rl", []).config) is None
+
+
+def test_an_epoch_that_is_not_finished_is_no_epoch():
+    def log(*epochs):
+        return a_run([(step_row(step, ["six"] * 4, [True] * 2 + [False] * 2, epoch=epoch), 4)
+                      for step, epoch in enumerate(epochs, 1)])
+    for epochs, finished in (((0, 0, 1, 1, 2), [0, 1]), ((0, 0, 1, 1), [0, 1]), ((0,), [0])):
+        assert list(scheme.finished_epochs(log(*epochs))) == finished
+    assert [len(rows) for rows in scheme.periods(log(0, 0, 1, 1, 2)).values()] == [2, 2, 5]
+
+
+def test_cells_say_of_how_many_runs_they_are(tmp_path):
+    full, other = leave_run(tmp_path / "full"), leave_run(tmp_path / "other")
+    first, last = load(other / "eval.jsonl")
+    (other / "eval.jsonl").write_text(json.dumps(first | {"n": 10}) + "\n")
+    done = run(full, other, f"--out={tmp_path}/out")
+    _, rows = rows_of((tmp_path / "out/report.md").read_text(), "Accuracy")
+    assert rows[0][4].endswith("(1 of 2 runs)") and rows[0][2].endswith(")") and "runs" not in rows[0][2]
+    assert rows[0][7] == "4" and "other: not evaluated at the same epochs as full" in done.stdout
+    assert "other: not evaluated on as many problems of the same splits" in done.stdout
+
+
+def test_report_md_has_no_html_link_or_picture_of_a_strangers(tmp_path):
+    folder = leave_run(tmp_path / "a")
+    hostile = "<img src=x onerror=alert(1)> ![t](http://evil/x.png) a|b \\frac $\\frac$ `c`\nd"
+    rows = [row | {"setting": hostile} for row in load(folder / "eval.jsonl")]
+    (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(folder, f"--out={tmp_path}/out")
+    assert done.returncode == 0, done.stderr  # matplotlib does not typeset it either
+    text = (tmp_path / "out/report.md").read_text()
+    assert r"\<img src=x onerror=alert(1)\> \!\[t\](http://evil/x.png) a\|b \\frac $\\frac$ \`c\` d" in text
+    assert not re.search(r"(?<!\\)<img|(?<!\\)!\[t", text)
