@@ -248,7 +248,7 @@ def test_all_that_is_stored_goes_to_the_engine_but_a_head_that_is_tied(tiny_mode
 def test_split_is_given_or_read_from_the_files_names(split, expected):
     paths = ["train/text_val.jsonl", "data/toy/train.jsonl", "a/geometry3k_rl_v0.jsonl", "val/mm_math_test_v0.jsonl"]
     assert split_names(paths, split) == expected
-    assert split_names(["constrained_test.jsonl", "retrieval_test.jsonl", "my-val.jsonl"], "") == ["test", "test", "validation"]
+    assert split_names(["constrained_test.jsonl", "retrieval.jsonl", "my-val.jsonl"], "") == ["test", "test", "validation"]
 
 
 def test_a_training_run_is_not_written_over(tmp_path, monkeypatch):
