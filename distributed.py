@@ -3,9 +3,11 @@
 One process and N processes run the same code: a process group always exists. Collectives on CPU tensors go over gloo, on
 GPU tensors over nccl. What is not a tensor travels as JSON in a uint8 tensor: nothing is ever unpickled.
 """
+import atexit
 import datetime
 import json
 import os
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +48,18 @@ def start(timeout_minutes=120) -> World:
         group = dist.new_group(ranks, backend="gloo", timeout=timeout)
         node_group = group if rank in ranks else node_group
     return World(rank, world_size, local_rank, local_world_size, node_group, device)
+
+
+def end(status=0):
+    """Ends this process once every rank is here. Not by the interpreter's own end: FSDP's meshes still hold gloo's groups
+    then, whose C++ threads now and then abort the process after all work is done (seen once in some hundred runs; compare
+    https://github.com/pytorch/pytorch/pull/179291)."""
+    dist.barrier()
+    dist.destroy_process_group()
+    atexit._run_exitfuncs()  # the judge's workers and the like
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def all_sum(values) -> torch.Tensor:

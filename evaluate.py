@@ -25,11 +25,10 @@ import pathlib
 import re
 
 import numpy as np
-import torch.distributed as dist
 
 from configurator import UserError, check_at_least, configure, listed, save_config
 from data import Dataset, load_processor
-from distributed import gather_json, start
+from distributed import end, gather_json, start
 from intervals import bootstrap, pass_at_k, wilson
 from model import Weights, compute_dtype, load_config, local_folder
 from reflection import ratios, tally
@@ -310,5 +309,4 @@ if __name__ == "__main__":
         print()
         show_summary(table)
     engine.close()
-    dist.barrier()
-    dist.destroy_process_group()
+    end()

@@ -20,12 +20,11 @@ import time
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from configurator import UserError, check_at_least, configure, save_config
 from data import Dataset, load_processor, order
-from distributed import all_sum, gather_json, start
+from distributed import all_sum, end, gather_json, start
 from dryrun import show_plan
 from evaluate import EVALS, evaluate, show_table, some
 from logger import check_logger, open_logger, shown, time_left
@@ -467,5 +466,4 @@ if __name__ == "__main__":
 
     engine.close()
     log.close()
-    dist.barrier()
-    dist.destroy_process_group()
+    end()

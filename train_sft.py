@@ -13,12 +13,11 @@ import os
 import time
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from configurator import UserError, check_at_least, configure, save_config
 from data import Dataset, load_processor, order
-from distributed import all_sum, start
+from distributed import all_sum, end, start
 from evaluate import EVALS, evaluate, show_table, some
 from logger import check_logger, open_logger, shown, time_left
 from model import (ImageInput, compute_dtype, encode_images, gather_weights, learning_rate_at, load_config, load_policy,
@@ -198,5 +197,4 @@ if __name__ == "__main__":
     if engine:
         engine.close()
     log.close()
-    dist.barrier()
-    dist.destroy_process_group()
+    end()
