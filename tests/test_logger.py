@@ -23,11 +23,12 @@ from configurator import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOT_REPEATED = ("time/", "memory/")
-# the script as it stands, then what it imported
-THEN_MODULES = """import runpy, sys
+# the script as it stands, and at its end what it imported
+THEN_MODULES = """import atexit, runpy, sys
 sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-print("imported:", [name for name in ("tensorboard", "wandb", "torch.utils.tensorboard") if name in sys.modules])"""
+atexit.register(lambda: print("imported:", [name for name in ("tensorboard", "wandb", "torch.utils.tensorboard")
+                                            if name in sys.modules]))
+runpy.run_path(sys.argv[0], run_name="__main__")"""
 
 
 def needs(package):
