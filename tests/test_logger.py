@@ -337,8 +337,8 @@ def test_full_disk_under_tensorboard_does_not_stop_the_run(tmp_path, capsys):
     needs("tensorboard")
     log = logger.open_logger("tensorboard", str(tmp_path), {})
     [events] = (tmp_path / "tensorboard").iterdir()
-    events.unlink()
-    events.symlink_to("/dev/full")
+    (tmp_path / "full").symlink_to("/dev/full")
+    (tmp_path / "full").replace(events)  # at once: TensorBoard's thread may be writing
     for step in range(1, 40):
         log.write("metrics", [{"step": step, "a": 1, "b": 2}])
     log.close()
