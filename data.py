@@ -12,10 +12,30 @@ One JSON object a line: question (with one <image>), answer, solution (RL needs 
 jsonl). Every row is checked before a model is loaded, and all bad ones are named at once. A prompt is never cut, since
 cutting through an image's tokens is the commonest way to lose a run. An image is resized once, here, to a size that the
 image processor and the engine do not change again, so all of them see the same pixels.
+
+Taken     rows: ends of line as Unix or Windows writes them, UTF-8 byte order marks, blank lines, any script; a number as
+          answer or id, as Python writes it; keys of no use here, with anything in them, NaN too.
+          images: JPEG, PNG, WEBP, GIF, BMP, by content, whatever their name says. The first frame of several; palette,
+          CMYK, grey of 1 to 16 bits as RGB; white behind transparent parts; turned as EXIF says, not turned where EXIF is
+          broken; from 1x1 to 100 million pixels (images.py has the memory), up to 200:1. A file damaged so that its
+          decoder does not notice is taken as decoded.
+          paths: below the jsonl's folder as they are written. Links on disk are followed wherever they lead: the hub's
+          cache and shared disks are made of them, and a row cannot make one.
+Refused   with file, line and reason. Rows: no JSON, no UTF-8, over 1 MB, nested too deeply, a key twice; a value missing,
+          of another type, NaN, Infinity or out of range (1e400, integers of 300 digits); half a surrogate pair; a control
+          character in id, image or answer; <image> not once; an empty id or answer, one that the judge cannot read;
+          special tokens of the model in the text; a prompt that is too long. Paths that are absolute (also on Windows)
+          or climb out. Images: missing, empty, truncated, broken, other formats; folders, pipes, devices; over 100
+          million pixels, over 200:1; a PNG whose text or colour profile unpacks to over 1 MB. UTF-16: the file, once.
+Warned of by print_warnings, with counts: ids that are there twice, control characters in questions and solutions, images
+          and problems of train that validation or test has too.
 """
+import codecs
 import collections
 import concurrent.futures
 import functools
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -24,13 +44,11 @@ import random
 import re
 import shutil
 import sys
-import warnings
 import zipfile
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
-
 from configurator import UserError
+from images import check_image, final_size, open_image, read_image  # noqa: F401 (open_image is for others to import)
 from reward import last_boxed, readable
 
 SIZES = {"mm_math5k": (5000, 100, 100), "geometry3k": (2101, 300, 601)}  # train, validation, test (the paper's table)
@@ -39,11 +57,11 @@ NAMES = {"mm_math5k": ("mm_math_rl_v0", "mm_math_validation_v0", "mm_math_test_v
 MADE_BY = {"toy": "toy", "geometry3k": "geo3k", "mm_math5k": "mm_math"}  # folder -> `python data.py NAME` makes it
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 INSTRUCTION = " Solve the problem step by step. Put the final answer in \\boxed{}."
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no EPS and the like: to decode those, other programs are started
-MAX_RATIO = 200  # longer pictures are refused by Qwen's image processor
 SHOWN = 20  # bad rows named in one message
-Image.MAX_IMAGE_PIXELS = 100_000_000  # open_image fails from here on; Pillow only warns, and fails from twice that on
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+MAX_ROW = 1_000_000  # bytes of a line
+BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
+KINDS = {"question": str, "answer": (str, int, float), "id": (str, int), "image": str, "solution": str}
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # all control characters but tab and ends of lines
 
 
 class Sample(NamedTuple):
@@ -94,69 +112,6 @@ def load_processor(model_dir):
     return tokenizer, image_processor
 
 
-def final_size(width, height, factor, min_pixels, max_pixels):
-    """(width, height) of like shape, multiples of factor, between min_pixels and max_pixels. Qwen2-VL's arithmetic,
-    applied until it changes nothing: one pass can leave a long thin picture at a size that the next pass would change.
-    ValueError where there is no such size."""
-    for _ in range(16):
-        if max(width, height) > MAX_RATIO * min(width, height):
-            raise ValueError(f"the image is too long and thin, {width}x{height}, at most {MAX_RATIO}:1")
-        w, h = round(width / factor) * factor, round(height / factor) * factor
-        if w * h > max_pixels:
-            shrink = math.sqrt(width * height / max_pixels)
-            w, h = (max(factor, math.floor(side / shrink / factor) * factor) for side in (width, height))
-        elif w * h < min_pixels:
-            grow = math.sqrt(min_pixels / (width * height))
-            w, h = (math.ceil(side * grow / factor) * factor for side in (width, height))
-        if (w, h) == (width, height):
-            return w, h
-        width, height = w, h
-    raise ValueError(f"the image fits no size between {min_pixels=} and {max_pixels=}, set them further apart")
-
-
-def open_image(path):
-    """(PIL image, its pixels not decoded yet; (width, height) once upright). ValueError for one that is too large."""
-    image = Image.open(path, formats=FORMATS)
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width}x{image.height}, more than {Image.MAX_IMAGE_PIXELS // 10**6} million pixels")
-    sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the camera was turned
-    return image, image.size[::-1] if sideways else image.size
-
-
-def check_image(path):
-    """(width, height) of the upright picture, all of it decoded once; a str that says what is wrong, if it is."""
-    if not os.path.isfile(path):  # also keeps us from waiting on a pipe
-        return f"no image {path}"
-    try:
-        image, size = open_image(path)
-        with image:
-            image.draft(None, (1, 1))  # a JPEG is decoded at an eighth of its size, which still reads every byte
-            image.load()
-        return size
-    except Exception as e:  # a decoder can raise anything on a broken file, and the row is reported
-        return f"image {path} cannot be read ({' '.join(str(e).split()) or type(e).__name__})"
-
-
-def read_image(path, factor, min_pixels, max_pixels):
-    """The picture upright, in RGB, on white where it is transparent, at its final size."""
-    image, size = open_image(path)
-    with image:
-        width, height = final_size(*size, factor, min_pixels, max_pixels)
-        # libjpeg can decode to a half, quarter or eighth, in as much less memory; never below twice the size we need
-        scale = 2 * max(width, height) / max(size)
-        image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip at 255 instead of scaling
-            image = image.convert("I").point(lambda v: v * (1 / 257)).convert("L")
-        clear = "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa")
-        if image.mode != (mode := "RGBA" if clear else "RGB"):  # convert copies, even where it has nothing to do
-            image = image.convert(mode)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    if clear:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image
-
-
 def inside(folder, path):
     """folder/path; ValueError when path is absolute or climbs out of the folder."""
     plain = os.path.normpath(path.replace("\\", "/"))
@@ -166,7 +121,8 @@ def inside(folder, path):
 
 
 def ensure(path):
-    """Draw the toy set if path lies in data/toy and is not there; UserError for any other file that is missing."""
+    """Draw the toy set if path lies in data/toy and is not there; UserError for any other file that is missing,
+    and for one that may not be read."""
     folder = os.path.dirname(os.path.normpath(path))
     if not os.path.exists(path) and folder.split(os.sep)[-2:] == ["data", "toy"]:
         import toy
@@ -175,42 +131,79 @@ def ensure(path):
         name = MADE_BY.get(os.path.basename(folder))
         what_to_do = f"`python data.py {name}` makes it" if name else "give the path of a jsonl file"
         raise UserError(f"{path}: no such file; {what_to_do}")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path}: cannot be read, its permissions forbid it")
 
 
 def read_rows(path):
-    """[(line number, bytes)] of the lines that are not blank. Only \\n ends a line: JSON may hold the others raw."""
-    lines = pathlib.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    return [(i, line) for i, line in enumerate(lines, start=1) if line.strip()]
+    """(line number, bytes) of each line that is not blank, cut after MAX_ROW + 1 bytes; one line in memory at a time.
+    Only \\n ends a line: JSON may hold the others raw. UserError for UTF-16."""
+    with open(path, "rb") as file:
+        for number in itertools.count(1):
+            line = rest = file.readline(MAX_ROW + 1)
+            if not line:
+                return
+            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise UserError(f"{path}:1: the file is in UTF-16, save it as UTF-8")
+            while rest and not rest.endswith(b"\n"):
+                rest = file.readline(MAX_ROW)
+            if (line := line.removeprefix(BOM)).strip():
+                yield number, line
+
+
+def unique(pairs):
+    """The dict of a JSON object's (key, value) pairs; ValueError for a key that is there twice: which one is meant?"""
+    if len(row := dict(pairs)) < len(pairs):
+        key, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {key!a:.100} is there twice")
+    return row
+
+
+def faults(key, value, wanted):
+    """What is wrong with the value of a key of a row, as a list of at most one str."""
+    if value is None:
+        return [f"no {key}"] * wanted
+    if isinstance(value, float) and not math.isfinite(value):
+        return [f"{key} is {value}"]  # NaN and Infinity, which are no JSON but Python reads and writes them; 1e400
+    if isinstance(value, bool) or not isinstance(value, KINDS[key]):
+        return [f"{key} is a {type(value).__name__}"]
+    if re.search("[\ud800-\udfff]", text := str(value)):
+        return [f"{key} has half of a surrogate pair"]  # no tokenizer takes it, and no file in UTF-8 holds it
+    if key != "question" and wanted and not text.strip():
+        return [f"empty {key}"]
+    control = re.search(r"[\x00-\x1f\x7f]", text.rstrip()) if key == "answer" else CONTROL.search(text)
+    if control and key in ("id", "image", "answer"):
+        return [f"{key} has a control character, {control[0]!r} (LaTeX in JSON needs two backslashes)"]
+    return []
 
 
 def parse_row(line, folder, need_solution, special):
     """The Sample of one line; ValueError says what is wrong with it. special: tokens that no text may contain."""
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"not valid JSON in UTF-8 ({e})") from e
+    if len(line) > MAX_ROW:
+        raise ValueError(f"longer than {MAX_ROW} bytes")
+    try:  # int() itself refuses 4300 digits, and some 10**308 have no float
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=unique,
+                         parse_int=lambda digits: int(digits) if len(digits) < 300 else math.inf)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"not valid JSON ({e.msg}, column {e.colno})") from e
+    except UnicodeDecodeError as e:
+        raise ValueError(f"not UTF-8 ({e.reason}, byte {e.start + 1})") from e
+    except RecursionError as e:
+        raise ValueError("not valid JSON (nested too deeply)") from e
     if not isinstance(row, dict):
         raise ValueError(f"not a JSON object but a {type(row).__name__}")
-    kinds = {"question": str, "answer": (str, int, float), "id": (str, int), "image": str, "solution": str}
-    wanted = [key for key in kinds if key != "solution" or need_solution]
-    if missing := [key for key in wanted if row.get(key) is None]:
-        raise ValueError(f"no {', '.join(missing)}")
-    wrong = [f"{key} is a {type(row[key]).__name__}" for key, kind in kinds.items()
-             if row.get(key) is not None and (not isinstance(row[key], kind) or isinstance(row[key], bool))]
+    wrong = [what for key in KINDS for what in faults(key, row.get(key), key != "solution" or need_solution)]
     if wrong:
-        raise ValueError(", ".join(wrong))
+        raise ValueError("; ".join(wrong))
     sample = Sample(id=str(row["id"]), question=row["question"], answer=str(row["answer"]).strip(),
                     solution=row.get("solution") or "", image=row["image"])
-    "".join(sample).encode("utf-8")  # half a surrogate pair is valid JSON, but no tokenizer takes it: a ValueError too
     image = inside(folder, sample.image)
     if (found := sample.question.count("<image>")) != 1:
         wrong.append(f"question must have one <image>, has {found}")
     texts = sample.question + sample.solution * need_solution
     wrong += [f"special token {token} in the text" for token in special if token in texts]
-    wrong += ["empty answer"] * (not sample.answer)
-    wrong += ["empty solution"] * (need_solution and not sample.solution.strip())
     if wrong:
-        raise ValueError(", ".join(wrong))
+        raise ValueError("; ".join(wrong))
     return sample._replace(image=image)
 
 
@@ -227,25 +220,23 @@ class Dataset:
             raise UserError(f"{min_pixels=} {max_pixels=}: must be in order and within the model's own {low}..{high} "
                             f"(else the engine would resize again), max_pixels at least {factor**2}")
         ensure(path)
-        lines, rows, bad = read_rows(path), [], collections.defaultdict(list)  # bad: {line: [what is wrong]}
+        count, rows, bad = 0, [], collections.defaultdict(list)  # bad: {line: [what is wrong]}
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
         special |= set(tokenizer.all_special_tokens)
-        for line, text in lines:
+        for line, text in read_rows(path):
+            count += 1
             try:
                 rows.append((line, parse_row(text, os.path.dirname(path), need_solution, sorted(special))))
             except ValueError as e:
                 bad[line].append(str(e))
-        self.samples = [sample for _, sample in rows]
+        self.path, self.lines, self.samples = path, [line for line, _ in rows], [sample for _, sample in rows]
         # a gold answer that the judge cannot read back as itself would score every response 0
         unreadable = {answer for answer in sorted({sample.answer for sample in self.samples}) if not readable(answer)}
         prompts = [prompt_text(tokenizer, sample.question) for sample in self.samples]
         ids = tokenizer(prompts, add_special_tokens=False)["input_ids"] if prompts else []
         with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the GIL
             sizes = list(pool.map(check_image, [sample.image for sample in self.samples]))
-        first = {}  # id -> line
         for (line, sample), text_ids, size in zip(rows, ids, sizes):
-            if first.setdefault(sample.id, line) != line:
-                bad[line].append(f"id {sample.id!r:.100} is also on line {first[sample.id]}")
             if sample.answer in unreadable:
                 bad[line].append(f"the judge cannot read the answer {sample.answer!r:.100}")
             if isinstance(size, str):
@@ -253,17 +244,17 @@ class Dataset:
                 continue
             try:
                 width, height = final_size(*size, *self.pixels)
-                if (count := len(text_ids) - 1 + width * height // factor**2) > max_prompt_tokens:
-                    bad[line].append(f"the prompt has {count} tokens, over {max_prompt_tokens=}: raise it, or lower "
+                if (tokens := len(text_ids) - 1 + width * height // factor**2) > max_prompt_tokens:
+                    bad[line].append(f"the prompt has {tokens} tokens, over {max_prompt_tokens=}: raise it, or lower "
                                      "max_pixels")
             except ValueError as e:
                 bad[line].append(str(e))
         if bad:
             shown = [f"{path}:{line}: {'; '.join(what)}" for line, what in sorted(bad.items())]
             more = [f"... and {len(shown) - SHOWN} more"] * (len(shown) > SHOWN)
-            title = f"{path}: {len(bad)} of {len(lines)} rows are bad, mend or remove them:"
+            title = f"{path}: {len(bad)} of {count} rows are bad, mend or remove them:"
             raise UserError("\n".join([title, *shown[:SHOWN], *more]))
-        if not lines:
+        if not count:
             raise UserError(f"{path}: the file has no rows")
 
     def __len__(self):
@@ -279,6 +270,41 @@ class Dataset:
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         at, count = ids.index(pad), int(grid.prod()) // self.image_processor.merge_size**2
         return Inputs(prompt, image, ids[:at] + [pad] * count + ids[at + 1:], features["pixel_values"].float(), grid)
+
+
+def print_warnings(datasets):
+    """Prints, a line each with counts, what is doubtful in the datasets of a run, {split or any name: Dataset}. Images are
+    compared by the bytes of their files, so that copies under other names count. For the main process, once."""
+    for dataset in datasets.values():
+        first = {}  # id -> line
+        twice = [(line, first[sample.id], sample.id) for line, sample in zip(dataset.lines, dataset.samples)
+                 if first.setdefault(sample.id, line) != line]
+        if twice:
+            print(f"warning: {dataset.path}: {len(twice)} of {len(dataset)} rows have the id of an earlier row (first line "
+                  f"{twice[0][0]}: {twice[0][2]!a:.100} as on line {twice[0][1]}); they share seeds in sampling, and count "
+                  "as one problem in the report's browser")
+        control = [(line, found[0]) for line, sample in zip(dataset.lines, dataset.samples)
+                   if (found := CONTROL.search(sample.question + sample.solution))]
+        if control:
+            print(f"warning: {dataset.path}: {len(control)} of {len(dataset)} rows have a control character in question or "
+                  f"solution (first line {control[0][0]}: {control[0][1]!r}); LaTeX in JSON needs two backslashes")
+    if "train" not in datasets or len(datasets) == 1:
+        return
+    paths = sorted({sample.image for dataset in datasets.values() for sample in dataset.samples})
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
+        digest = dict(zip(paths, pool.map(lambda path: hashlib.blake2b(pathlib.Path(path).read_bytes()).digest(), paths)))
+    keys = {name: [(digest[sample.image], " ".join(sample.question.split())) for sample in dataset.samples]
+            for name, dataset in datasets.items()}
+    problems, images = set(keys["train"]), {image for image, _ in keys["train"]}
+    for name in [name for name in keys if name != "train"]:
+        same = sum(key in problems for key in keys[name])
+        other = sum(key[0] in images for key in keys[name]) - same
+        if same:
+            print(f"warning: {same} of {len(keys[name])} problems of {name} are also in train (same image and question); "
+                  f"accuracy on {name} counts them")
+        if other:
+            print(f"warning: {other} of {len(keys[name])} problems of {name} have an image of train with another question")
+    sys.stdout.flush()
 
 
 # The real sets. A reader gives the [train, validation, test] lists of rows of a folder on disk. A row's image

@@ -3,6 +3,7 @@
 One process and N processes run the same code: a process group always exists. Collectives on CPU tensors go over gloo, on
 GPU tensors over nccl. What is not a tensor travels as JSON in a uint8 tensor: nothing is ever unpickled.
 """
+import contextlib
 import atexit
 import datetime
 import json
@@ -87,3 +88,21 @@ def gather_json(obj, group=None) -> list:
     gathered = [torch.empty_like(padded) for _ in range(size)]
     dist.all_gather(gathered, padded, group=group)
     return [json.loads(g[:int(n)].numpy().tobytes()) for g, n in zip(gathered, lengths)]
+
+
+@contextlib.contextmanager
+def together(group=None, who=""):
+    """A failure of the block on any of the group's ranks is raised on all of them, so that none waits for ever. The block
+    must hold no collective that a failing rank would leave the others in. who: whose failure it is, for the message."""
+    error = None
+    try:
+        yield
+    except Exception as e:
+        error = e
+    mine = error and [isinstance(error, UserError), f"{type(error).__name__}: {error}"]
+    failures = [failure for failure in gather_json(mine, group) if failure]
+    if error is not None:
+        raise error
+    if failures:
+        by_user, text = failures[0]
+        raise UserError(text.removeprefix("UserError: ")) if by_user else RuntimeError(who + text)

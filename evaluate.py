@@ -27,7 +27,7 @@ import re
 import numpy as np
 
 from configurator import UserError, check_at_least, configure, listed, save_config
-from data import Dataset, load_processor
+from data import Dataset, load_processor, print_warnings
 from distributed import end, gather_json, start
 from intervals import bootstrap, pass_at_k, wilson
 from model import Weights, compute_dtype, load_config, local_folder
@@ -262,6 +262,8 @@ if __name__ == "__main__":
                                                      max_prompt_tokens)
     world = start()
     main = world.rank == 0
+    if main:
+        print_warnings(dict(zip(paths, next(iter(loaded.values()))[1])))
     engine, opened, first, table, files = None, None, {}, [], {}  # first: outcomes of the first checkpoint
 
     def write(name, rows):

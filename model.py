@@ -13,11 +13,10 @@ import math
 import os
 import pathlib
 import resource
-import shutil
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -371,34 +370,3 @@ def gather_weights(policy, dtype, trained_only=True):
         yield hub_name(name), full
         if policy.lm_head is None and name == "language_model.embed_tokens.weight":
             yield "lm_head.weight", full
-
-
-def save_checkpoint(out_dir, step, policy, visual, source, dtype, rank):
-    """Writes out_dir/checkpoints/step_000120, a model folder that transformers and vLLM open as it is, and points
-    `latest` at it. A collective. source: the folder that the run started from (config, tokenizer, image processor)."""
-    folder = pathlib.Path(out_dir) / "checkpoints" / f"step_{step:06d}"
-    tensors = {}
-    for name, full in gather_weights(policy, dtype, trained_only=False):
-        if rank == 0 and not (name == "lm_head.weight" and policy.lm_head is None):  # a tied head is not stored
-            tensors[name] = full.to("cpu", copy=True)  # an uneven shard leaves a view of a longer storage
-    if rank != 0:
-        return
-    if visual is not None:
-        tensors |= {hub_name("visual." + name): p.detach().to("cpu", dtype) for name, p in visual.named_parameters()}
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for path in pathlib.Path(source).iterdir():
-        if path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, partial / path.name)
-    config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_torch_state_dict({name: t.contiguous() for name, t in tensors.items()}, partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    link = folder.with_name("latest.partial")
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name)
-    link.replace(folder.with_name("latest"))

@@ -18,7 +18,6 @@ Logprobs are those of the distribution at top_p 1, which training uses. With top
 the nucleus and HFEngine does not: they are then for reading only.
 """
 import atexit
-import contextlib
 import hashlib
 import importlib.util
 import json
@@ -40,7 +39,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, DynamicCache
 
 from configurator import UserError
-from distributed import gather_json
+from distributed import gather_json, together
 from model import Weights, encode_images, hub_name, load_config
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -123,6 +122,7 @@ def left_pad(rows, value):
 
 class HFEngine:
     """The transformers model itself, one unsharded copy in each process."""
+    interrupted = staticmethod(lambda: False)  # a run that may be told to stop sets it to what says so
 
     def __init__(self, model_dir, dtype, world, eos_ids, banned_ids, max_model_len, max_batch_tokens=MAX_BATCH_TOKENS):
         self.model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa")
@@ -196,6 +196,9 @@ class HFEngine:
             live = (lengths[row] == 0).nonzero()[:, 0]  # the one wait for the device in each step
             if not len(live):
                 break
+            if self.interrupted():  # what there is comes back, and the caller throws it away
+                lengths[lengths == 0] = t + 1
+                break
             if len(live) <= 0.75 * len(row):  # ended rows leave the batch and the cache; a few are cheaper to keep
                 cache.batch_select_indices(live)
                 row, mask, token, position = row[live], mask[live], token[live], position[live]
@@ -226,6 +229,7 @@ class HFEngine:
 
 class VLLMEngine:
     """One vLLM per node. The leader (local rank 0) drives it; what fails there is raised on all the node's ranks."""
+    interrupted = staticmethod(lambda: False)  # as HFEngine's
 
     def __init__(self, model_dir, dtype, world, eos_ids, banned_ids, max_model_len, gpu_memory_utilization, seed):
         if importlib.util.find_spec("vllm") is None:
@@ -241,21 +245,8 @@ class VLLMEngine:
                 self.llm = start_vllm(model_dir, dtype, engine_gpu(world), max_model_len, gpu_memory_utilization, seed)
                 atexit.register(self.close)
 
-    @contextlib.contextmanager
     def agreement(self):
-        """A failure of the block on any of the node's ranks is raised on all of them, so that none waits for ever."""
-        error = None
-        try:
-            yield
-        except Exception as e:
-            error = e
-        failures = [f for f in gather_json(error and [isinstance(error, UserError), f"{type(error).__name__}: {error}"],
-                                           self.group) if f]
-        if error is not None:
-            raise error
-        if failures:
-            by_user, text = failures[0]
-            raise UserError(text.removeprefix("UserError: ")) if by_user else RuntimeError(f"vLLM's process: {text}")
+        return together(self.group, "vLLM's process: ")
 
     def generate(self, dataset, indices, seeds, sampling):
         """A Completion for each of this rank's indices, in their order."""
@@ -298,8 +289,13 @@ class VLLMEngine:
         prompts = [{"prompt": inputs[i].prompt, "multi_modal_data": {"image": inputs[i].image}}
                    for i, _ in (requests[r] for r in order)]
         params = [SamplingParams(seed=requests[r][1], **common) for r in order]
-        completions = [None] * len(requests)
-        for r, output in zip(order, self.llm.generate(prompts, params, use_tqdm=False)):
+        completions, outputs = [None] * len(requests), []
+        self.llm.enqueue(prompts, params, use_tqdm=False)
+        while self.llm.llm_engine.has_unfinished_requests():  # LLM.generate, but for the next two lines
+            if self.interrupted():  # whatever comes back is thrown away by the caller
+                return [Completion([self.eos_ids[0]], [0.0], "stop")] * len(requests)
+            outputs += [output for output in self.llm.llm_engine.step() if output.finished]
+        for r, output in zip(order, sorted(outputs, key=lambda output: int(output.request_id))):
             i, out = requests[r][0], output.outputs[0]
             if output.prompt_token_ids != inputs[i].query_ids:
                 raise ValueError(f"sample {i}: vLLM's prompt is not the trainer's (image size, chat template?): "
@@ -476,4 +472,5 @@ def end_with(owner):
 
 # spawned processes of the engine import this file, by way of the main script or as home of WeightReceiver
 if os.environ.get(OWNER, str(os.getpid())) != str(os.getpid()):
+    os.setpgrp()  # Ctrl-C in a terminal reaches its whole group: it is meant for the trainer, which ends the engine
     threading.Thread(target=end_with, args=(int(os.environ[OWNER]),), daemon=True).start()

@@ -22,18 +22,20 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from checkpoint import (Stop, changed_knobs, check_out_dir, find_checkpoint, load_trainer, mine_of, open_logs, pack_step,
+                        save_checkpoint, sizes_on_disk, unpack_updates)
 from configurator import UserError, check_at_least, configure, save_config
-from data import Dataset, load_processor, order
-from distributed import all_sum, end, gather_json, start
+from data import Dataset, load_processor, order, print_warnings
+from distributed import all_max, all_sum, end, gather_json, start
 from dryrun import show_plan
 from evaluate import EVALS, evaluate, show_table, some
 from logger import check_logger, open_logger, shown, time_left
 from model import (ImageInput, compute_dtype, encode_images, gather_weights, learning_rate_at, load_config, load_policy,
-                   local_folder, microbatches, pack, peak_gb, save_checkpoint, select)
+                   local_folder, microbatches, pack, peak_gb, select)
 from reflection import metrics as reflection_metrics
 from reflection import tally
 from reward import format_reward, judge_batch, language_reward
-from rollout import Sampling, banned_token_ids, eos_token_ids, open_engine, request_seed
+from rollout import Completion, Sampling, banned_token_ids, eos_token_ids, open_engine, request_seed
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out/rl"  # config.py, metrics.jsonl, eval.jsonl, samples.jsonl and checkpoints/ go here
@@ -85,6 +87,10 @@ activation_checkpointing = True  # True recomputes each language layer in backwa
 # what is written
 eval_every_epochs = 1  # evaluate after every so many epochs, before the first step and after the last; 0 = never
 save_every_steps = 0  # checkpoint after every so many steps; 0 = only after the last
+save_every_minutes = 0  # and after the first step that ends so many minutes after the last checkpoint; 0 = never
+keep_checkpoints = 3  # the newest so many stay, and the best on validation; 0 = all
+init_from = "pretrained"  # 'pretrained': start from model; 'resume': go on from out_dir's newest checkpoint, if there is one
+overwrite = False  # True starts anew in an out_dir that holds a run, which is lost
 save_samples = 16  # responses of a step that go to samples.jsonl
 logger = "none"  # 'none', 'tensorboard' (out_dir/tensorboard) or 'wandb' (offline: set WANDB_MODE=offline)
 max_logprob_diff = 0.1  # stop before step 1 when trainer and engine differ by more, nats per token on average
@@ -180,12 +186,12 @@ def response_logprobs(policy, batch, image_features, max_tokens, temperature):
     return logprobs, entropy
 
 
-def engine_logprobs(completions, mask):
-    """(B, R) float32: the engine's log-probabilities, padded like mask."""
-    padded = torch.zeros(mask.shape)
-    for i, completion in enumerate(completions):
-        padded[i, :len(completion.logprobs)] = torch.tensor(completion.logprobs)
-    return padded.to(mask.device)
+def padded(rows, mask):
+    """(B, R) float32: lists of one number a response token, padded like mask."""
+    values = torch.zeros(mask.shape)
+    for i, row in enumerate(rows):
+        values[i, :len(row)] = torch.tensor(row)
+    return values.to(mask.device)
 
 
 def make_batch(policy, visual, inputs, completions, pad_id, device):
@@ -201,7 +207,7 @@ def parity(engine, policy, visual, dataset, indices, sampling, pad_id, max_token
     completions = engine.generate(dataset, indices, [request_seed(0, "parity", i, 0) for i in indices], sampling)
     batch, features = make_batch(policy, visual, [dataset.inputs(i) for i in indices], completions, pad_id, device)
     logprobs, _ = response_logprobs(policy, batch, features, max_tokens, sampling.temperature)
-    difference = (logprobs - engine_logprobs(completions, batch.response_mask)).abs() * batch.response_mask
+    difference = (logprobs - padded([c.logprobs for c in completions], batch.response_mask)).abs() * batch.response_mask
     total, count = all_sum([difference.sum().item(), batch.response_mask.sum().item()]).tolist()
     return total / count
 
@@ -232,6 +238,7 @@ if __name__ == "__main__":
 
     # --- set-up: data before model, so that a bad row costs seconds
     check_logger(logger)
+    check_out_dir(out_dir, init_from, overwrite, model)
     folder = local_folder(model)
     load_config(folder)  # another architecture is refused here
     tokenizer, image_processor = load_processor(folder)
@@ -244,8 +251,10 @@ if __name__ == "__main__":
     steps = max_steps or epochs * steps_per_epoch
 
     world = start()
-    main = world.rank == 0
-    log = open_logger(logger if main else "none", out_dir, config)
+    main, stop = world.rank == 0, Stop()
+    if main:
+        print_warnings({"train": train, **datasets})
+    resumed = find_checkpoint(out_dir) if init_from == "resume" else None
     precision = compute_dtype(dtype, world.device)
     eos_ids, banned_ids = eos_token_ids(tokenizer, folder), banned_token_ids(tokenizer)
     engine = open_engine(rollout, folder, precision, world, eos_ids, banned_ids, max_prompt_tokens + max_new_tokens,
@@ -260,9 +269,18 @@ if __name__ == "__main__":
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay)
 
+    # how far the run is; within: the responses of a step that it was stopped within, between two updates
+    state = {"step": 0, "update": 0, "evaluated": False, "best": None, "files": {}, "within": None}
+    if resumed:
+        state = load_trainer(resumed, policy, optimizer, world)
+    first_step, update, t_saved = state["step"] + 1, state["update"], time.monotonic()
+    log = open_logger(logger if main else "none", out_dir, config, first_step if resumed else 0)
+    files = open_logs(out_dir, state["files"]) if main else {}
     if main:
         save_config(config, f"{out_dir}/config.py")
-        files = {name: open(f"{out_dir}/{name}.jsonl", "w", encoding="utf-8") for name in ("metrics", "eval", "samples")}
+        if init_from == "resume":
+            print(f"goes on from {resumed}" if resumed else f"{out_dir} has no checkpoint yet: starts from {model}")
+            print(changed_knobs(state, config), end="\n" * bool(changed_knobs(state, config)))
         print(f"{len(train)} queries, {steps_per_epoch} steps an epoch, {steps} steps of {batch_size} responses and "
               f"{updates_per_step} updates; {sum(p.numel() for p in trained):,} parameters trained on "
               f"{world.world_size} processes")
@@ -270,14 +288,36 @@ if __name__ == "__main__":
     def write(name, rows):
         """Appends the objects to out_dir/<name>.jsonl; only the main process writes."""
         if main:
-            files[name].writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+            text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+            files[name].write(text.encode())
             files[name].flush()
             log.write(name, rows)
 
+    def save(step, **progress):
+        """Leaves a checkpoint of the run after so many steps, from which it can go on."""
+        now = {"update": update, "evaluated": True, "best": state["best"], "files": sizes_on_disk(files), "config": config,
+               "within": None}
+        save_checkpoint(out_dir, step, policy, visual, folder, precision, world, optimizer, now | progress, keep_checkpoints)
+
+    def leave(number):
+        """Ends the run on a signal, after its checkpoint."""
+        engine.close()
+        log.close()
+        if main:
+            print(f"stopped by signal {number}; --init_from=resume goes on", flush=True)
+        end(128 + number)
+
     def evaluate_all(step):
+        before = sizes_on_disk(files)
         epoch = step // steps_per_epoch if step % steps_per_epoch == 0 else step / steps_per_epoch
         for split, dataset in datasets.items():
             rows, samples = evaluate(engine, dataset, tokenizer, max_new_tokens, seed, world, EVALS)
+            if number := stop.agreed():
+                save(step, evaluated=False, files=before)
+                leave(number)
+            best = next(row["accuracy"] for row in rows if row["k"] == 1)
+            if split == "validation" and (state["best"] is None or best > state["best"]["accuracy"]):
+                state["best"] = {"step": step, "accuracy": best}
             write("eval", [{"step": step, "epoch": epoch, "split": split, **row} for row in rows])
             write("samples", [{"step": step, "split": split, **sample} for sample in some(samples, save_samples)])
             if main:
@@ -290,17 +330,21 @@ if __name__ == "__main__":
     difference = parity(engine, policy, visual, train, probe, sampling, tokenizer.pad_token_id,
                         max_tokens_per_microbatch, world.device)
     if main:
-        print(f"before step 1: rollout/logprob_diff {difference:.1e} nats a token (mean, trainer against engine)")
+        print(f"before step {first_step}: rollout/logprob_diff {difference:.1e} nats a token (mean, trainer against engine)")
     if not difference <= max_logprob_diff:
         engine.close()
         raise UserError(f"trainer and engine disagree: mean |logprob difference| {difference:.3g} > {max_logprob_diff=}; "
                         "check that both read the same model folder, the engine's dtype, and the versions in "
                         "requirements.txt (M-RoPE)")
-    if eval_every_epochs:
-        evaluate_all(0)
+    engine.interrupted = lambda: stop.signal
+    if eval_every_epochs and not state["evaluated"]:
+        evaluate_all(first_step - 1)
+    if main and first_step > steps:
+        print(f"nothing left to do: {first_step - 1} of {steps} steps are done; more by --epochs or --max_steps")
 
-    update, t_loop = 0, time.perf_counter()  # update: optimizer steps so far, skipped ones included
-    bar = tqdm(range(1, steps + 1), disable=None if main else True, smoothing=0, dynamic_ncols=True)  # None: on a terminal
+    t_loop, within = time.perf_counter(), state["within"]
+    bar = tqdm(range(first_step, steps + 1), initial=first_step - 1, total=steps, smoothing=0, dynamic_ncols=True,
+               disable=None if main else True)  # None: on a terminal
     for step in bar:
         t_start = time.perf_counter()
         epoch = (step - 1) // steps_per_epoch  # passes over the data that are finished
@@ -319,7 +363,13 @@ if __name__ == "__main__":
         # ids go into training as they are: decoded and tokenised again they could be others.
         bar.set_description(f"step {step}: 2) Response Collection")
         seeds = [request_seed(seed, step, train.samples[i].id, 0) for i in mine]
-        completions = engine.generate(train, mine, seeds, sampling)
+        if within:
+            completions = [Completion(*row) for row in mine_of(within["completions"], world)]
+        else:
+            completions = engine.generate(train, mine, seeds, sampling)
+            if number := stop.agreed():  # what was sampled is thrown away: the run after the step before is what counts
+                save(step - 1)
+                leave(number)
         responses = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
         t_rollout = time.perf_counter()
 
@@ -329,10 +379,14 @@ if __name__ == "__main__":
         bar.set_description(f"step {step}: 3) Trajectory Generation")
         batch, image_features = make_batch(policy, visual, inputs, completions, tokenizer.pad_token_id, world.device)
         inputs = [x._replace(image=None, pixel_values=None) for x in inputs]  # 24 MB a row at the largest size
-        logprobs, entropy = response_logprobs(policy, batch, image_features, max_tokens_per_microbatch, temperature)
-        ref_logprobs = logprobs  # without a reference: no distance to it
-        if reference is not None:
-            ref_logprobs, _ = response_logprobs(reference, batch, image_features, max_tokens_per_microbatch, temperature)
+        if within:  # of the policy that sampled, which is gone
+            logprobs, ref_logprobs, entropy = (padded(mine_of(within[name], world), batch.response_mask)
+                                               for name in ("logprobs", "ref_logprobs", "entropy"))
+        else:
+            logprobs, entropy = response_logprobs(policy, batch, image_features, max_tokens_per_microbatch, temperature)
+            ref_logprobs = logprobs  # without a reference: no distance to it
+            if reference is not None:
+                ref_logprobs, _ = response_logprobs(reference, batch, image_features, max_tokens_per_microbatch, temperature)
 
         records = []
         verdicts = judge_batch([(response, train.samples[i].answer) for response, i in zip(responses, mine)])
@@ -353,7 +407,7 @@ if __name__ == "__main__":
             return torch.tensor(list(values), dtype=torch.float32, device=world.device)  # (B,)
 
         trajectory = Trajectory(
-            *batch, logprobs, ref_logprobs, engine_logprobs(completions, batch.response_mask), entropy,
+            *batch, logprobs, ref_logprobs, padded([c.logprobs for c in completions], batch.response_mask), entropy,
             column(r["rewards"]["accuracy"] for r in records), column(r["rewards"]["language"] for r in records),
             column(r["rewards"]["format"] for r in records), column(r["score"] for r in records),
             batch.response_mask.sum(1), image_features)
@@ -367,9 +421,11 @@ if __name__ == "__main__":
         rewards = token_rewards(trajectory.scores, kl, mask, kl_reward_coeff)  # (B, R)
         advantages = whiten(discounted_returns(rewards, gamma), mask)  # (B, R); no critic: the baseline is the step's mean
 
-        sums, grad_norms, skipped = {}, [], 0  # of the step's updates, for metrics
+        sums, grad_norms, skipped, done_updates = {}, [], 0, 0  # of the step's updates, for metrics
+        if within:
+            sums, grad_norms, skipped, done_updates, within = *unpack_updates(within, world), None
         local_minibatch = minibatch_size // world.world_size
-        for start_row in list(range(0, len(mine), local_minibatch)) * ppo_epochs:
+        for start_row in (list(range(0, len(mine), local_minibatch)) * ppo_epochs)[done_updates:]:
             minibatch = torch.arange(start_row, start_row + local_minibatch)
             tokens = all_sum([mask[minibatch].sum().item()]).item()  # response tokens of the minibatch, all ranks
             update_sums = {}
@@ -408,7 +464,10 @@ if __name__ == "__main__":
                     bar.write(f"step {step}: gradient norm {grad_norm}: update SKIPPED, the weights stay as they were; its "
                               "samples: " + ", ".join(train.samples[i].id for i in rows))
             optimizer.zero_grad(set_to_none=True)
-            update += 1
+            update, done_updates = update + 1, done_updates + 1
+            if done_updates < updates_per_step and (number := stop.agreed()):
+                save(step - 1, within=pack_step(completions, trajectory, sums, grad_norms, skipped, done_updates, world))
+                leave(number)
         t_update = time.perf_counter()
         engine.load_weights(gather_weights(policy, precision))  # from here on the engine is the new policy
         t_sync = time.perf_counter()
@@ -449,7 +508,8 @@ if __name__ == "__main__":
         write("metrics", [metrics])
         write("samples", [{"step": step, "split": "train", **r} for r in records[:save_samples]])
         if main:
-            m, left = metrics, time_left(time.perf_counter() - t_loop, step, steps)
+            m = metrics
+            left = time_left(time.perf_counter() - t_loop, step - first_step + 1, steps - first_step + 1)
             with tqdm.external_write_mode():
                 print(f"step {step}/{steps} | score {m['train/score']:.2f} acc {m['train/accuracy']:.2f} | "
                       f"len {m['response/length']:.1f} clipped {m['response/clip_ratio']:.0%} | "
@@ -461,8 +521,13 @@ if __name__ == "__main__":
         if eval_every_epochs and (done or step % (steps_per_epoch * eval_every_epochs) == 0):
             bar.set_description(f"step {step}: evaluation")
             evaluate_all(step)
-        if done or (save_every_steps and step % save_every_steps == 0):
-            save_checkpoint(out_dir, step, policy, visual, folder, precision, world.rank)
+        number, minutes = stop.agreed(), all_max((time.monotonic() - t_saved) / 60)
+        if (number or done or (save_every_steps and step % save_every_steps == 0)
+                or (save_every_minutes and minutes >= save_every_minutes)):
+            save(step)
+            t_saved = time.monotonic()
+        if number and not done:
+            leave(number)
 
     engine.close()
     log.close()

@@ -15,13 +15,15 @@ import time
 import torch
 from tqdm import tqdm
 
+from checkpoint import (Stop, changed_knobs, check_out_dir, find_checkpoint, load_trainer, open_logs, save_checkpoint,
+                        sizes_on_disk)
 from configurator import UserError, check_at_least, configure, save_config
-from data import Dataset, load_processor, order
-from distributed import all_sum, end, start
+from data import Dataset, load_processor, order, print_warnings
+from distributed import all_max, all_sum, end, start
 from evaluate import EVALS, evaluate, show_table, some
 from logger import check_logger, open_logger, shown, time_left
 from model import (ImageInput, compute_dtype, encode_images, gather_weights, learning_rate_at, load_config, load_policy,
-                   local_folder, microbatches, pack, peak_gb, save_checkpoint, select)
+                   local_folder, microbatches, pack, peak_gb, select)
 from rollout import banned_token_ids, eos_token_ids, open_engine
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,6 +61,10 @@ max_new_tokens = 2048  # tokens of an evaluation's response at most
 gpu_memory_utilization = 0.8  # fraction of its GPU that vLLM takes
 eval_every_epochs = 1  # evaluate after every so many epochs, before the first update and after the last; 0 = never
 save_every_steps = 0  # checkpoint after every so many updates; 0 = only after the last
+save_every_minutes = 0  # and after the first update that ends so many minutes after the last checkpoint; 0 = never
+keep_checkpoints = 3  # the newest so many stay, and the best on validation; 0 = all
+init_from = "pretrained"  # 'pretrained': start from model; 'resume': go on from out_dir's newest checkpoint, if there is one
+overwrite = False  # True starts anew in an out_dir that holds a run, which is lost
 save_dtype = "auto"  # of the checkpoint's tensors: 'float32', 'bfloat16', or 'auto': the compute dtype
 save_samples = 16  # evaluation responses that go to samples.jsonl, of each split
 logger = "none"  # 'none', 'tensorboard' (out_dir/tensorboard) or 'wandb' (offline: set WANDB_MODE=offline)
@@ -82,6 +88,7 @@ if __name__ == "__main__":
                         f"{batch_size=} {world_size=}")
 
     check_logger(logger)
+    check_out_dir(out_dir, init_from, overwrite, model)
     folder = local_folder(model)
     load_config(folder)
     tokenizer, image_processor = load_processor(folder)
@@ -94,8 +101,10 @@ if __name__ == "__main__":
     steps = max_steps or epochs * steps_per_epoch
 
     world = start()
-    main = world.rank == 0
-    log = open_logger(logger if main else "none", out_dir, config)
+    main, stop = world.rank == 0, Stop()
+    if main:
+        print_warnings({"train": train, **datasets})
+    resumed = find_checkpoint(out_dir) if init_from == "resume" else None
     precision = compute_dtype(dtype, world.device)
     save_precision = precision if save_dtype == "auto" else compute_dtype(save_dtype, world.device)
     eos_ids, banned_ids = eos_token_ids(tokenizer, folder), banned_token_ids(tokenizer)
@@ -107,24 +116,55 @@ if __name__ == "__main__":
                                  activation_checkpointing=activation_checkpointing)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay)
+    state = {"step": 0, "evaluated": False, "best": None, "files": {}}  # how far the run is
+    if resumed:
+        state = load_trainer(resumed, policy, optimizer, world)
+    first_step, t_saved = state["step"] + 1, time.monotonic()
+    log = open_logger(logger if main else "none", out_dir, config, first_step if resumed else 0)
+    files = open_logs(out_dir, state["files"]) if main else {}
     if main:
         save_config(config, f"{out_dir}/config.py")
-        files = {name: open(f"{out_dir}/{name}.jsonl", "w", encoding="utf-8") for name in ("metrics", "eval", "samples")}
+        if init_from == "resume":
+            print(f"goes on from {resumed}" if resumed else f"{out_dir} has no checkpoint yet: starts from {model}")
+            print(changed_knobs(state, config), end="\n" * bool(changed_knobs(state, config)))
         print(f"{len(train)} rows, {steps_per_epoch} updates of {batch_size} rows an epoch, {steps} updates; "
               f"{sum(p.numel() for p in trained):,} parameters trained on {world.world_size} processes")
 
     def write(name, rows):
         """Appends the objects to out_dir/<name>.jsonl; only the main process writes."""
         if main:
-            files[name].writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+            text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+            files[name].write(text.encode())
             files[name].flush()
             log.write(name, rows)
 
+    def save(step, **progress):
+        """Leaves a checkpoint of the run after so many updates, from which it can go on."""
+        now = {"evaluated": True, "best": state["best"], "config": config, "files": sizes_on_disk(files)}
+        save_checkpoint(out_dir, step, policy, visual, folder, save_precision, world, optimizer, now | progress,
+                        keep_checkpoints)
+
+    def leave(number):
+        """Ends the run on a signal, after its checkpoint."""
+        if engine:
+            engine.close()
+        log.close()
+        if main:
+            print(f"stopped by signal {number}; --init_from=resume goes on", flush=True)
+        end(128 + number)
+
     def evaluate_all(step):
+        before = sizes_on_disk(files)
         epoch = step // steps_per_epoch if step % steps_per_epoch == 0 else step / steps_per_epoch
         engine.load_weights(gather_weights(policy, precision))
         for split, dataset in datasets.items():
             rows, samples = evaluate(engine, dataset, tokenizer, max_new_tokens, seed, world, EVALS)
+            if number := stop.agreed():
+                save(step, evaluated=False, files=before)
+                leave(number)
+            best = next(row["accuracy"] for row in rows if row["k"] == 1)
+            if split == "validation" and (state["best"] is None or best > state["best"]["accuracy"]):
+                state["best"] = {"step": step, "accuracy": best}
             write("eval", [{"step": step, "epoch": epoch, "split": split, **row} for row in rows])
             write("samples", [{"step": step, "split": split, **sample} for sample in some(samples, save_samples)])
             if main:
@@ -132,9 +172,14 @@ if __name__ == "__main__":
                     show_table(f"epoch {epoch:g} {split}", rows)
 
     if engine:
-        evaluate_all(0)
+        engine.interrupted = lambda: stop.signal
+        if not state["evaluated"]:
+            evaluate_all(first_step - 1)
+    if main and first_step > steps:
+        print(f"nothing left to do: {first_step - 1} of {steps} updates are done; more by --epochs or --max_steps")
     t_loop = time.perf_counter()
-    bar = tqdm(range(1, steps + 1), disable=None if main else True, smoothing=0, dynamic_ncols=True)  # None: on a terminal
+    bar = tqdm(range(first_step, steps + 1), initial=first_step - 1, total=steps, smoothing=0, dynamic_ncols=True,
+               disable=None if main else True)  # None: on a terminal
     for step in bar:
         t_start = time.perf_counter()
         epoch = (step - 1) // steps_per_epoch  # passes over the data that are finished
@@ -188,11 +233,17 @@ if __name__ == "__main__":
                 print(f"step {step}/{steps} | loss {shown(metrics['policy/loss'], '.4f')} | "
                       f"grad norm {shown(metrics['policy/grad_norm'], '.2f')} lr {metrics['policy/lr']:.1e} | "
                       f"{tokens / batch_size:.1f} tokens a solution | {seconds:.2f}s | "
-                      f"left {time_left(time.perf_counter() - t_loop, step, steps)}", flush=True)
+                      f"left {time_left(time.perf_counter() - t_loop, step - first_step + 1, steps - first_step + 1)}",
+                      flush=True)
         if engine and (done or step % (steps_per_epoch * eval_every_epochs) == 0):
             evaluate_all(step)
-        if done or (save_every_steps and step % save_every_steps == 0):
-            save_checkpoint(out_dir, step, policy, visual, folder, save_precision, world.rank)
+        number, minutes = stop.agreed(), all_max((time.monotonic() - t_saved) / 60)
+        if (number or done or (save_every_steps and step % save_every_steps == 0)
+                or (save_every_minutes and minutes >= save_every_minutes)):
+            save(step)
+            t_saved = time.monotonic()
+        if number and not done:
+            leave(number)
 
     if engine:
         engine.close()

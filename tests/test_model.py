@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import distributed
+import checkpoint
 import model
 from configurator import UserError
 
@@ -162,7 +163,7 @@ def test_checkpoint_opens_in_transformers_and_in_a_policy(folder, world, tmp_pat
     images = [model.ImageInput(*x) for x in zip(pixels, GRIDS)]
     logprobs, _ = run(policy, batch, model.encode_images(visual, images))
     for step in (1, 2):
-        model.save_checkpoint(tmp_path, step, policy, visual, folder, torch.float32, world.rank)
+        checkpoint.save_checkpoint(tmp_path, step, policy, visual, folder, torch.float32, world)
     latest = tmp_path / "checkpoints" / "latest"
     assert sorted(p.name for p in latest.parent.iterdir()) == ["latest", "step_000001", "step_000002"]
     assert latest.resolve().name == "step_000002"
