@@ -19,6 +19,7 @@ import unicodedata
 from fractions import Fraction
 
 MAX_CHARS = 400         # of an answer; a longer one is none
+MAX_DEPTH = 10          # of brackets in brackets; the deepest of 3,016 real answers has 3, and parsers take exponential time
 MAX_ITEMS = 10          # of a list; pairing up is quadratic
 
 
@@ -119,9 +120,10 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
 
 
 def clean(raw):
-    """raw in the spelling that the rest of this file reads. Raises Unreadable when too long for an answer, or empty."""
-    if len(raw) > MAX_CHARS:
-        raise Unreadable("too long")
+    """raw in the spelling that the rest of this file reads. Raises Unreadable when too long or deep for an answer, or
+    empty."""
+    if len(raw) > MAX_CHARS or _depth(raw) > MAX_DEPTH:
+        raise Unreadable("too long or deep")
     text = unicodedata.normalize("NFKC", re.sub(r"√\s*(\d+)", r"\\sqrt{\1}", raw).translate(CHARS))
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
@@ -164,6 +166,15 @@ def structure(text, thousands=True):
     if len(parts) == 1 and parts[0].count(r"\pm") == 1:
         parts = [parts[0].replace(r"\pm", sign) for sign in "+-"]
     return ("list" if len(parts) > 1 else "one"), parts or [text]
+
+
+def _depth(text):
+    """how many brackets are open at most."""
+    depth = deepest = 0
+    for char in text:
+        depth = max(0, depth + (char in "([{") - (char in ")]}"))
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _closes(text):

@@ -1,11 +1,10 @@
-r"""reward.py on a table of strings, hostile ones included, and (NANOMAYE_REAL_DATA set) on labelled real responses."""
+r"""reward.py on a table of strings and (NANOMAYE_REAL_DATA set) on labelled real responses.
+Hostile ones are in test_judge_hostile.py."""
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 
 import answers
 import reward
-from reward import Verdict, format_reward, judge, judge_batch, language_reward, last_boxed, readable
+from reward import Verdict, format_reward, judge, judge_batch, language_reward, last_boxed, readable, readable_batch
 
 ROOT = Path(reward.__file__).parent
 
@@ -393,129 +392,23 @@ def test_an_unreadable_box_is_wrong_and_said_so():
 
 
 def test_gold_answers_that_cannot_be_read():
-    for gold in ("", " ", "?", r"\frac{1}{2", r"\foo{2}", "2 +", "}{", "3 4", "1" * 500, "$$", r"\boxed{}"):
-        assert not readable(gold), gold
+    golds = ["", " ", "?", r"\frac{1}{2", r"\foo{2}", "2 +", "}{", "3 4", "1" * 500, "$$", r"\boxed{}"]
+    assert [gold for gold, ok in zip(golds, readable_batch(golds)) if ok] == []
+    assert [readable(gold) for gold in golds] == readable_batch(golds)
+
+
+def test_equal_formulas_are_judged_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(reward._pool, "ask", lambda questions, workers: (
+        asked.extend(questions), [Verdict(gold == r"\sqrt{3}", "") for gold, _ in questions])[1])
+    pairs = [(boxed(r"3^{1/2}"), gold) for gold in (r"\sqrt{3}", r"\sqrt{5}", "20", r"$\boxed{\sqrt{3}}$", r"\sqrt{3}")]
+    assert [verdict.correct for verdict in judge_batch(pairs)] == [True, False, False, True, True]
+    assert asked == [(r"\sqrt{3}", r"3^{1/2}"), (r"\sqrt{5}", r"3^{1/2}"), ("20", r"3^{1/2}")]
 
 
 def test_formulas_are_parsed_not_compared_as_strings():
     """the same unparsable formula twice is not an answer."""
     assert not judge(boxed(r"\foo{2} + \bar"), r"\foo{2} + \bar")
-
-
-HANGS = r"\left(\sum_{n=1}^{9999} \sin(n)^{n}\right)^{\frac{1}{7}} + 9^{9^{9^{9}}}"
-
-
-def test_a_hanging_formula_is_cut_and_the_next_judged():
-    assert judge(boxed(r"\sqrt{3}"), r"\sqrt{3}")       # the worker is up
-    start = time.monotonic()
-    assert judge_batch([(boxed(HANGS), r"\sqrt{3}")]) == [Verdict(False, "timeout")]
-    assert time.monotonic() - start < reward.LIMIT_S + 1
-    assert judge(boxed(r"\sqrt{12}"), r"2\sqrt{3}")
-
-
-def test_a_killed_worker_is_replaced():
-    assert judge(boxed(r"\sqrt{3}"), r"\sqrt{3}")
-    old = reward._worker.process
-    os.kill(old.pid, signal.SIGKILL)
-    old.wait()
-    assert judge(boxed(r"\sqrt{12}"), r"2\sqrt{3}")
-    assert reward._worker.process.pid != old.pid
-
-
-def test_a_worker_that_dies_on_a_text_makes_it_unreadable(monkeypatch):
-    assert judge(boxed(r"\sqrt{3}"), r"\sqrt{3}")
-    real = reward.Worker.read
-    monkeypatch.setattr(reward.Worker, "read", lambda self, seconds: (self.process.kill(), real(self, seconds))[1])
-    assert judge_batch([(boxed(HANGS), "20")])[0].error == "unreadable"
-    monkeypatch.undo()
-    assert judge(boxed(r"\sqrt{12}"), r"2\sqrt{3}")
-
-
-def test_threads_share_one_worker():
-    pairs = [(boxed(rf"\sqrt{{{n * n * 3}}}"), rf"{n + n % 2}\sqrt{{3}}") for n in range(2, 26)]
-    got, errors = {}, []
-
-    def run(n):
-        try:
-            got[n] = judge(*pairs[n])
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(n,)) for n in range(len(pairs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not errors and got == {n: n % 2 == 0 for n in range(len(pairs))}
-
-
-def test_a_forked_child_has_its_own_worker():
-    code = r'''
-import os, sys, reward
-gold = r"2\sqrt{3}"
-assert reward.judge(r"\boxed{\sqrt{12}}", gold)
-mine = reward._worker.process.pid
-reward._lock.acquire()              # as if another thread were judging while this one forks
-child = os.fork()
-if child == 0:
-    ok = reward._worker is None and reward.judge(r"\boxed{\sqrt{12}}", gold) and reward._worker.process.pid != mine
-    os._exit(0 if ok else 1)
-assert os.waitpid(child, 0)[1] == 0
-reward._lock.release()
-assert reward.judge(r"\boxed{\sqrt{12}}", gold) and reward._worker.process.pid == mine
-'''
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
-
-
-@pytest.mark.parametrize("busy", [False, True])
-def test_the_worker_does_not_outlive_a_killed_parent(busy):
-    code = r'''
-import os, signal, sys, threading, time, reward
-assert reward.judge(r"\boxed{\sqrt{12}}", r"2\sqrt{3}")
-print(reward._worker.process.pid, flush=True)
-if sys.argv[1]:
-    threading.Thread(target=reward.judge, args=(sys.argv[1], "20"), daemon=True).start()
-    time.sleep(0.2)
-os.kill(os.getpid(), signal.SIGKILL)
-'''
-    run = subprocess.run([sys.executable, "-c", code, boxed(HANGS) if busy else ""], cwd=ROOT, timeout=120,
-                         capture_output=True, text=True)
-    worker, deadline = Path("/proc") / run.stdout.strip(), time.monotonic() + 2 * reward.LIMIT_S + 3
-    if not Path("/proc").exists():
-        pytest.skip("needs /proc")
-    while running(worker) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not running(worker)
-
-
-def running(process):
-    try:
-        return (process / "stat").read_text().split()[2] != "Z"
-    except OSError:
-        return False
-
-
-HOSTILE = ["9**9**9**9", "9^{9^{9^{9}}}", "10^{10^{10}}", "(((" * 50, "{" * 10_000 + "}" * 10_000, "9" * 10 ** 6,
-           "1e999999999", "1E+999999999", r"10^{999999999}", "99999!", "9!!!!!!", "100000000000!", r"\frac{1}{0}",
-           r"\binom{10^9}{5^9}", "x" * 10 ** 6, r"\frac" * 80, r"\sqrt{" * 60 + "2" + "}" * 60, '"' * 399,
-           r"\text{" * 60 + "2" + "}" * 60,
-           "_a" * 190 + "= 3", r"\ab" * 120 + "= 3", "(" * 200 + ")" * 200, "1," * 199, r"\pm" * 100, "\x00\x01",
-           "0/0", "\ud800",
-           "=" * 300, r"\approx" * 50, "[[[[" + "1,2]" * 4, r"\int_0^{\infty} e^{-x^{x^{x}}} dx",
-           r"\sum_{n=1}^{\infty} n!", "；".join("1234"), "lambda: 3", "20;import os", r"\input{/etc/passwd}",
-           "__import__('os').system('touch HERE')", "().__class__.__bases__[0].__subclasses__()", "eval('1')",
-           "$(touch HERE)", r"\text{__import__('os').system('touch HERE')}"]
-
-
-def test_hostile_strings_neither_hang_nor_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for gold in ("20", r"5\sqrt{3}"):
-        for text in HOSTILE:
-            start = time.monotonic()
-            assert not judge(boxed(text), gold), (gold, text[:50])
-            assert time.monotonic() - start < reward.LIMIT_S + reward.START_S / 10, (gold, text[:50])
-    assert not readable("__import__('os').system('touch HERE')") and list(tmp_path.iterdir()) == []
-    assert judge(boxed("20"), "20")
 
 
 def test_long_responses_take_linear_time():
@@ -542,18 +435,9 @@ def test_reading_never_takes_long_in_this_process():
     assert time.process_time() - start < 60
 
 
-def test_the_worker_is_bounded_in_memory():
-    if not Path("/proc").exists():
-        pytest.skip("needs /proc")
-    assert judge(boxed(r"\sqrt{12}"), r"2\sqrt{3}")
-    limits = Path(f"/proc/{reward._worker.process.pid}/limits").read_text().splitlines()
-    limit = next(line for line in limits if line.startswith("Max address space")).split()[3]
-    assert reward.WORKER_BYTES < int(limit) < 4 * reward.WORKER_BYTES
-
-
 def test_nothing_heavy_is_imported_here():
     code = (r"import sys, reward; assert reward.judge(r'\boxed{20}', '20');"
-            "print([m for m in ('torch', 'sympy', 'math_verify') if m in sys.modules], reward._worker)")
+            "print([m for m in ('torch', 'sympy', 'math_verify') if m in sys.modules], reward._pool.process)")
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True, text=True)
     assert run.stdout.strip() == "[] None"
 
@@ -592,4 +476,5 @@ def test_real_responses(name, wanted):
     assert agree >= wanted * len(rows)
     assert not any(verdict.error == "timeout" for verdict in got)
     # golds of this set that no judge can read: none
-    assert [row["answer"] for row in rows if not readable(row["answer"])] == []
+    golds = sorted({row["answer"] for row in rows})
+    assert [gold for gold, ok in zip(golds, readable_batch(golds)) if not ok] == []
