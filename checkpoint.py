@@ -17,6 +17,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 
 import numpy as np
@@ -27,19 +28,20 @@ from huggingface_hub import save_torch_state_dict
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from configurator import UserError
-from distributed import all_max, gather_json, together
+from distributed import all_max, end, gather_json, gather_rows, together
 from model import gather_weights, hub_name
 
 NAME = re.compile(r"step_(\d{6,})(?:_update_(\d{4,}))?")
+ENGINE_DIED = 1000  # above every signal number
 AGAIN_S = 2.0  # torchrun passes on the Ctrl-C that its children got from the terminal as well: that is no second one
-LOGS = ("metrics", "eval", "samples")  # the jsonl files of a run
 
 
 class Stop:
-    """Whether the run was asked to end: SIGTERM or SIGINT sets `signal`, a second one kills the process at once."""
+    """Why the run should end before its time: SIGTERM or SIGINT sets `signal` (a second one kills the process at once), or
+    the engine's process has died."""
 
     def __init__(self):
-        self.signal, self.since = 0, 0.0
+        self.signal, self.since, self.engine = 0, 0.0, None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.receive)
 
@@ -51,8 +53,20 @@ class Stop:
             os.kill(os.getpid(), number)
 
     def agreed(self):
-        """The signal that any rank got, 0 without. A collective: all ranks stop at the same place."""
-        return int(all_max(float(self.signal)))
+        """What any rank met: a signal's number, ENGINE_DIED, or 0. A collective: all ranks stop at the same place."""
+        died = self.engine is not None and self.engine.died
+        return int(all_max(float(ENGINE_DIED if died else self.signal)))
+
+
+def leave(number, engine, logs, place):
+    """Ends the process on what Stop.agreed() said, after the checkpoint. A collective."""
+    if engine is not None:
+        engine.close()
+    logs.close()
+    if dist.get_rank() == 0:
+        why = f"{place}: the engine's process died" if number == ENGINE_DIED else f"stopped by signal {number}"
+        print(f"{why}; --init_from=resume goes on", file=sys.stderr if number == ENGINE_DIED else sys.stdout, flush=True)
+    end(1 if number == ENGINE_DIED else 128 + number)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,29 +107,6 @@ def read_state(folder):
         raise UserError(f"{path} cannot be read ({error}); remove {folder} to go on from the checkpoint before it") from None
 
 
-def open_logs(out_dir, sizes):
-    """{name: file to append to} of metrics, eval and samples, cut to the sizes in bytes that a checkpoint holds; {} cuts them
-    to nothing, and removes what checkpoints an earlier run left. UserError where a file has become shorter than its size."""
-    files = {}
-    if not sizes:
-        shutil.rmtree(f"{out_dir}/checkpoints", ignore_errors=True)
-    for name in LOGS:
-        path = f"{out_dir}/{name}.jsonl"
-        files[name] = open(path, "ab")
-        if files[name].tell() < sizes.get(name, 0):
-            raise UserError(f"{path} is shorter than at the checkpoint; restore it, or start anew with --overwrite=True")
-        files[name].truncate(sizes.get(name, 0))
-    return files
-
-
-def sizes_on_disk(files):
-    """{name: bytes} of open_logs' files, once all that was written to them is on the disk."""
-    for file in files.values():
-        file.flush()
-        os.fsync(file.fileno())
-    return {name: file.tell() for name, file in files.items()}
-
-
 def check_out_dir(out_dir, init_from, overwrite, model):
     """UserError where out_dir holds another run that would be lost, or the model to start from, or cannot be written to."""
     if init_from not in ("pretrained", "resume"):
@@ -136,13 +127,19 @@ def check_out_dir(out_dir, init_from, overwrite, model):
         raise UserError(f"{out_dir} cannot be written to ({error.strerror}); choose another --out_dir") from None
 
 
-def changed_knobs(state, config):
-    """A line for the knobs that were others when the checkpoint was made, '' without: what follows is then another run."""
-    may = ("init_from", "overwrite", "out_dir", "logger", "save_every_steps", "save_every_minutes", "keep_checkpoints")
+def resumption(init_from, folder, state, config, model):
+    """Lines on where the run goes on from, and on knobs that were others when the checkpoint was made: what follows is then
+    another run. [] for a run that starts."""
+    if init_from != "resume":
+        return []
+    if folder is None:
+        return [f"{config['out_dir']} has no checkpoint yet: starts from {model}"]
+    may = ("init_from", "overwrite", "out_dir", "logger", "save_every_steps", "save_every_minutes", "keep_checkpoints",
+           "max_skipped_updates", "timeout_minutes")
     old = state.get("config", config)
     changed = [f"{knob} {old.get(knob)!r} -> {value!r}" for knob, value in config.items()
                if knob not in may and old.get(knob) != value]
-    return f"goes on with other knobs than before: {', '.join(changed)}" if changed else ""
+    return [f"goes on from {folder}", *[f"goes on with other knobs than before: {', '.join(changed)}"] * bool(changed)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,19 +191,15 @@ def load_trainer(folder, policy, optimizer, world):
     return state
 
 
-def pack_step(completions, trajectory, sums, grad_norms, skipped, updates, world):
+def pack_step(completions, trajectory, sums, grad_norms, skipped, updates):
     """A step that stops between two of its updates, as JSON: what was sampled and what the policy of that moment, which is
     gone by now, made of it, in the order of the batch whatever the number of ranks; and its updates' sums. A collective."""
     lengths = [len(completion.token_ids) for completion in completions]
     parts = {"completions": [list(completion) for completion in completions]}
     for name in ("logprobs", "ref_logprobs", "entropy"):  # float32 as JSON and back is exact
         parts[name] = [row[:n] for row, n in zip(getattr(trajectory, name).tolist(), lengths)]
-    packed = {}
-    for name, rows in parts.items():
-        ranks = gather_json(rows)
-        packed[name] = [ranks[p % world.world_size][p // world.world_size] for p in range(len(rows) * world.world_size)]
-    return packed | {"sums": gather_json({name: float(value) for name, value in sums.items()}), "grad_norms": grad_norms,
-                     "skipped": skipped, "updates": updates}
+    return {name: gather_rows(rows) for name, rows in parts.items()} | {
+        "sums": sums, "grad_norms": grad_norms, "skipped": skipped, "updates": updates}
 
 
 def mine_of(rows, world):
@@ -214,14 +207,9 @@ def mine_of(rows, world):
     return rows[world.rank::world.world_size]
 
 
-def unpack_updates(within, world):
-    """sums (this rank's), grad_norms, skipped and the number of updates done, of a step that pack_step packed."""
-    sums = within["sums"]
-    if len(sums) == world.world_size:
-        mine = sums[world.rank]
-    else:  # only their total over the ranks counts
-        mine = {name: sum(part[name] for part in sums) / world.world_size for name in sums[0]}
-    return mine, within["grad_norms"], within["skipped"], within["updates"]
+def unpack_updates(within):
+    """sums, grad_norms, skipped and the number of updates done, of a step that pack_step packed."""
+    return within["sums"], within["grad_norms"], within["skipped"], within["updates"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ from typing import NamedTuple
 
 from configurator import UserError
 from images import check_image, final_size, open_image, read_image  # noqa: F401 (open_image is for others to import)
-from reward import last_boxed, readable
+from reward import last_boxed, readable_batch
 
 SIZES = {"mm_math5k": (5000, 100, 100), "geometry3k": (2101, 300, 601)}  # train, validation, test (the paper's table)
 NAMES = {"mm_math5k": ("mm_math_rl_v0", "mm_math_validation_v0", "mm_math_test_v0"),
@@ -231,7 +231,8 @@ class Dataset:
                 bad[line].append(str(e))
         self.path, self.lines, self.samples = path, [line for line, _ in rows], [sample for _, sample in rows]
         # a gold answer that the judge cannot read back as itself would score every response 0
-        unreadable = {answer for answer in sorted({sample.answer for sample in self.samples}) if not readable(answer)}
+        answers = sorted({sample.answer for sample in self.samples})
+        unreadable = {answer for answer, read in zip(answers, readable_batch(answers)) if not read}
         prompts = [prompt_text(tokenizer, sample.question) for sample in self.samples]
         ids = tokenizer(prompts, add_special_tokens=False)["input_ids"] if prompts else []
         with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the GIL

@@ -63,6 +63,11 @@ def end(status=0):
     os._exit(status)
 
 
+def now_at(place):
+    """place"""
+    return place
+
+
 def all_sum(values) -> torch.Tensor:
     """A new tensor: values (a tensor, or a list of numbers taken as float64 on the CPU) summed over all ranks."""
     total = values.clone() if torch.is_tensor(values) else torch.tensor(values, dtype=torch.float64)
@@ -88,6 +93,12 @@ def gather_json(obj, group=None) -> list:
     gathered = [torch.empty_like(padded) for _ in range(size)]
     dist.all_gather(gathered, padded, group=group)
     return [json.loads(g[:int(n)].numpy().tobytes()) for g, n in zip(gathered, lengths)]
+
+
+def gather_rows(rows) -> list:
+    """The rows (JSON objects) of a batch in its order, on every rank; its row p is in the hands of rank p % world_size."""
+    ranks = gather_json(rows)
+    return [row for several in zip(*ranks, strict=True) for row in several]
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
     load_policy    config -> modules on the meta device -> sharded -> filled from safetensors, one tensor at a time
     Policy         token ids, positions and image features -> log-probabilities and entropy of the response tokens
-    pack, select   ragged queries and responses -> one padded batch with M-RoPE positions; rows of it, trimmed
     gather_weights, save_checkpoint    sharded parameters -> full tensors under the hub's names -> a folder
 
 Only the hub's names leave this file ('model.layers.0...', 'visual...', 'lm_head.weight'): transformers renamed its modules
@@ -25,7 +24,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from configurator import UserError
-from distributed import all_max
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 # elements of a (tokens, vocabulary) block of logits. on a CPU 64 MB in float32, 110 tokens of Qwen's; on a GPU 512 MB:
@@ -123,64 +121,6 @@ class Policy(torch.nn.Module):
         logprobs, entropy = chunked_logprobs(hidden, head.weight, targets, temperature, self.banned_ids)
         rows = torch.zeros(response_mask.shape, dtype=torch.float32, device=hidden.device)
         return rows.masked_scatter(response_mask, logprobs), rows.masked_scatter(response_mask, entropy)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# batches
-
-class Batch(NamedTuple):
-    """B rows of a left-padded query (Q columns) and a right-padded response (R columns)."""
-    query_responses: torch.Tensor  # (B, Q+R) int64
-    attention_mask: torch.Tensor  # (B, Q+R) int64, 1 on real tokens
-    position_ids: torch.Tensor  # (3, B, Q+R) int64, M-RoPE: frame, row, column
-    response_mask: torch.Tensor  # (B, R) bool, True on tokens that count, EOS included
-
-
-def pack(policy, queries, responses, grids, pad_id, device) -> Batch:
-    """queries and responses: lists of B lists of token ids, grids a list of B (1, 3) tensors. Masks come from lengths,
-    never from ids: padding may share its id with EOS. Positions are the model's own (get_rope_index)."""
-    B, Q, R = len(queries), max(map(len, queries)), max(map(len, responses))
-    ids = torch.full((B, Q + R), pad_id)
-    mask = torch.zeros(B, Q + R, dtype=torch.int64)
-    for i, (query, response) in enumerate(zip(queries, responses)):
-        ids[i, Q - len(query):Q + len(response)] = torch.tensor(query + response)
-        mask[i, Q - len(query):Q + len(response)] = 1
-    types = (ids[:, :Q] == policy.image_token_id).int()  # 1 on image tokens: transformers >= 5.3 wants it
-    positions, _ = policy.rope_index(ids[:, :Q], mm_token_type_ids=types, image_grid_thw=torch.cat(list(grids)),
-                                     attention_mask=mask[:, :Q])  # (3, B, Q)
-    last = positions.amax((0, 2))  # (B,): text goes on, one by one and equal on all three rows, after the largest
-    after = (last[:, None] + 1 + torch.arange(R)).expand(3, B, R)
-    return Batch(*(t.to(device) for t in (ids, mask, torch.cat([positions, after], -1), mask[:, Q:].bool())))
-
-
-def select(batch: Batch, rows) -> Batch:
-    """Those rows (int64 tensor) without the padding columns that none of them needs."""
-    R = batch.response_mask.shape[1]
-    mask = batch.attention_mask[rows]
-    used = mask.any(0).nonzero()
-    columns = slice(int(used[0]), int(used[-1]) + 1)
-    response = slice(0, columns.stop - (mask.shape[1] - R))
-    return Batch(batch.query_responses[rows, columns], mask[:, columns], batch.position_ids[:, rows, columns],
-                 batch.response_mask[rows, response])
-
-
-def cut(lengths, max_tokens):
-    """Lists of row indices, longest rows first, such that rows * longest row <= max_tokens in each (or one row).
-    lengths: tokens of each row. Rows of like length share a micro-batch, so little of it is padding."""
-    batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
-def microbatches(lengths, max_tokens):
-    """Pairs (row indices, real), as many on every rank: sharded layers gather their weights together, so a rank with fewer
-    micro-batches runs its first row again with real=False, to be weighted 0. A collective."""
-    batches = [(rows, True) for rows in cut(lengths, max_tokens)]
-    return batches + [([0], False)] * (int(all_max(len(batches))) - len(batches))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

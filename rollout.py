@@ -122,6 +122,7 @@ def left_pad(rows, value):
 
 class HFEngine:
     """The transformers model itself, one unsharded copy in each process."""
+    died = False  # whether its process is gone: what generate gives then is to be thrown away
     interrupted = staticmethod(lambda: False)  # a run that may be told to stop sets it to what says so
 
     def __init__(self, model_dir, dtype, world, eos_ids, banned_ids, max_model_len, max_batch_tokens=MAX_BATCH_TOKENS):
@@ -229,6 +230,7 @@ class HFEngine:
 
 class VLLMEngine:
     """One vLLM per node. The leader (local rank 0) drives it; what fails there is raised on all the node's ranks."""
+    died = False
     interrupted = staticmethod(lambda: False)  # as HFEngine's
 
     def __init__(self, model_dir, dtype, world, eos_ids, banned_ids, max_model_len, gpu_memory_utilization, seed):

@@ -13,25 +13,27 @@ The four steps and the objective are those of MAYE (arXiv 2504.02587). Where we 
  5. The engine's log-probabilities are compared with the trainer's before step 1 and at every step.
  6. The language reward counts letters that are neither Latin nor Greek, not Chinese, Japanese and Korean ones alone.
 """
-import json
 import math
 import os
 import time
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import (Stop, changed_knobs, check_out_dir, find_checkpoint, load_trainer, mine_of, open_logs, pack_step,
-                        save_checkpoint, sizes_on_disk, unpack_updates)
+from batch import make_batch, microbatches, padded, parity, response_logprobs, select
+from checkpoint import (Stop, check_out_dir, find_checkpoint, leave, load_trainer, mine_of, pack_step, resumption,
+                        save_checkpoint, unpack_updates)
 from configurator import UserError, check_at_least, configure, save_config
 from data import Dataset, load_processor, order, print_warnings
-from distributed import all_max, all_sum, end, gather_json, start
+from distributed import all_max, all_sum, end, gather_rows, now_at, start
 from dryrun import show_plan
 from evaluate import EVALS, evaluate, show_table, some
-from logger import check_logger, open_logger, shown, time_left
-from model import (ImageInput, compute_dtype, encode_images, gather_weights, learning_rate_at, load_config, load_policy,
-                   local_folder, microbatches, pack, peak_gb, select)
+from health import Health
+from logger import check_logger, shown, time_left
+from logs import Logs, finite
+from model import compute_dtype, gather_weights, learning_rate_at, load_config, load_policy, local_folder, peak_gb
 from reflection import metrics as reflection_metrics
 from reflection import tally
 from reward import format_reward, judge_batch, language_reward
@@ -93,6 +95,8 @@ init_from = "pretrained"  # 'pretrained': start from model; 'resume': go on from
 overwrite = False  # True starts anew in an out_dir that holds a run, which is lost
 save_samples = 16  # responses of a step that go to samples.jsonl
 logger = "none"  # 'none', 'tensorboard' (out_dir/tensorboard) or 'wandb' (offline: set WANDB_MODE=offline)
+max_skipped_updates = 8  # stop when so many updates in a row were left out for a number that is not finite; 0 = never
+timeout_minutes = 120  # a process that waits for another (or for the engine) so long ends the run and says for whom
 max_logprob_diff = 0.1  # stop before step 1 when trainer and engine differ by more, nats per token on average
 dry_run = False  # True prints what the run would do and need, and exits
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,7 +150,7 @@ def discounted_returns(rewards, gamma):
 def whiten(values, mask):
     """values with mean 0 and variance 1 over the True entries of mask on all ranks, 0 elsewhere. Both (B, R).
     A collective, safe for a rank with no True entry. The paper's code adds the mean back; we do not (departure 2)."""
-    x = values.double() * mask
+    x = values.double().masked_fill(~mask, 0)  # not a product: it would keep a nan
     count, total = all_sum(torch.stack([mask.sum().double(), x.sum()]))
     mean = total / count
     variance = all_sum((((x - mean) * mask) ** 2).sum()) / count  # two passes: a difference of squares loses digits
@@ -169,47 +173,37 @@ def policy_loss(new_logprobs, logprobs, ref_logprobs, advantages, clip_low, clip
     return torch.maximum(unclipped, clipped), k3(new_logprobs, ref_logprobs), ratio, clipped > unclipped
 
 
-@torch.no_grad()
-def response_logprobs(policy, batch, image_features, max_tokens, temperature):
-    """logprobs (B, R) and entropy (B, R) of a whole Batch, micro-batch by micro-batch. A collective."""
-    logprobs = torch.zeros(batch.response_mask.shape, device=batch.response_mask.device)
-    entropy = torch.zeros_like(logprobs)
-    for rows, real in microbatches(batch.attention_mask.sum(1).tolist(), max_tokens):
-        part = select(batch, rows)
-        features = [image_features[i] for i in rows]
-        new_logprobs, new_entropy = policy(part.query_responses, part.position_ids, part.attention_mask, features,
-                                           part.response_mask, temperature)
-        if real:
-            R = part.response_mask.shape[1]
-            logprobs[rows, :R], entropy[rows, :R] = new_logprobs, new_entropy
-    policy.reshard()  # without a backward FSDP would keep embedding and head gathered, in the compute dtype
-    return logprobs, entropy
+def minibatch_gradient(policy, trajectory, advantages, minibatch, responses, tokens, loss_agg, clip_low, clip_high,
+                       kl_loss_coeff, temperature, max_tokens):
+    """Adds to the policy's gradients that of the loss over one minibatch, micro-batch by micro-batch. minibatch: int64 rows
+    of this rank's trajectory; responses, tokens: how many the minibatch has over all ranks. Returns sums over all ranks:
+    of the weighted losses, and of what metrics need of each token. A collective."""
+    names = ("pg_loss", "kl_loss", "tokens", "ratio", "clipfrac", "approx_kl")
+    sums = torch.zeros(len(names), dtype=torch.float64, device=advantages.device)
+    for rows, real in microbatches(trajectory.attention_mask[minibatch].sum(1).tolist(), max_tokens):
+        rows = minibatch[rows]
+        part = select(trajectory, rows)
+        R = part.response_mask.shape[1]
+        logprobs = trajectory.logprobs[rows, :R]
+        new_logprobs, _ = policy(part.query_responses, part.position_ids, part.attention_mask,
+                                 [trajectory.image_features[i] for i in rows], part.response_mask, temperature)
+        pg_loss, kl_loss, ratio, clipped = policy_loss(new_logprobs, logprobs, trajectory.ref_logprobs[rows, :R],
+                                                       advantages[rows, :R], clip_low, clip_high)
+        weights = loss_weights(part.response_mask, loss_agg, responses, tokens) * real
+        loss = (weights * (pg_loss + kl_loss_coeff * kl_loss)).sum()
+        (loss * dist.get_world_size()).backward()  # FSDP averages gradients over ranks; the weights want their sum
+        counted = part.response_mask * real
+        approx_kl = k3(logprobs, new_logprobs.detach())  # of the policy that sampled to the policy now
+        sums += torch.stack([values.detach().double().sum() for values in (
+            weights * pg_loss, weights * kl_loss, counted, ratio * counted, clipped * counted, approx_kl * counted)])
+    return dict(zip(names, all_sum(sums).tolist()))
 
 
-def padded(rows, mask):
-    """(B, R) float32: lists of one number a response token, padded like mask."""
-    values = torch.zeros(mask.shape)
-    for i, row in enumerate(rows):
-        values[i, :len(row)] = torch.tensor(row)
-    return values.to(mask.device)
-
-
-def make_batch(policy, visual, inputs, completions, pad_id, device):
-    """(Batch, image features) of queries and their responses; features are made here, once, for every forward to come."""
-    batch = pack(policy, [x.query_ids for x in inputs], [c.token_ids for c in completions],
-                 [x.grid_thw for x in inputs], pad_id, device)
-    images = [ImageInput(x.pixel_values, x.grid_thw) for x in inputs]
-    return batch, images if visual is None else encode_images(visual, images)
-
-
-def parity(engine, policy, visual, dataset, indices, sampling, pad_id, max_tokens, device):
-    """Mean |trainer logprob - engine logprob| over the tokens of one response to each of the rows, all ranks; nats."""
-    completions = engine.generate(dataset, indices, [request_seed(0, "parity", i, 0) for i in indices], sampling)
-    batch, features = make_batch(policy, visual, [dataset.inputs(i) for i in indices], completions, pad_id, device)
-    logprobs, _ = response_logprobs(policy, batch, features, max_tokens, sampling.temperature)
-    difference = (logprobs - padded([c.logprobs for c in completions], batch.response_mask)).abs() * batch.response_mask
-    total, count = all_sum([difference.sum().item(), batch.response_mask.sum().item()]).tolist()
-    return total / count
+def unusable(trajectory):
+    """For each of this rank's B responses the names of its numbers that are not finite; [] for a sound one."""
+    names = ("logprobs", "ref_logprobs", "rollout_logprobs", "scores")
+    bad = torch.stack([~getattr(trajectory, name).reshape(len(trajectory.scores), -1).isfinite().all(1) for name in names])
+    return [[name for name, is_bad in zip(names, row) if is_bad] for row in bad.T.tolist()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,7 +244,7 @@ if __name__ == "__main__":
         raise UserError(f"{train_data}: {len(train)} rows do not fill one batch, {batch_size=}")
     steps = max_steps or epochs * steps_per_epoch
 
-    world = start()
+    world = start(timeout_minutes)
     main, stop = world.rank == 0, Stop()
     if main:
         print_warnings({"train": train, **datasets})
@@ -259,6 +253,7 @@ if __name__ == "__main__":
     eos_ids, banned_ids = eos_token_ids(tokenizer, folder), banned_token_ids(tokenizer)
     engine = open_engine(rollout, folder, precision, world, eos_ids, banned_ids, max_prompt_tokens + max_new_tokens,
                          gpu_memory_utilization, seed)  # first: what is wrong with it shows before the models are loaded
+    stop.engine = engine
     sampling = Sampling(temperature, 1.0, max_new_tokens)  # top_p 1: the ratio would be biased by what top_p cuts off
     policy, visual = load_policy(folder, world, precision, banned_ids, train_llm, train_connector, train_vit,
                                  activation_checkpointing=activation_checkpointing)
@@ -270,56 +265,40 @@ if __name__ == "__main__":
     optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay)
 
     # how far the run is; within: the responses of a step that it was stopped within, between two updates
-    state = {"step": 0, "update": 0, "evaluated": False, "best": None, "files": {}, "within": None}
+    state = {"step": 0, "update": 0, "skipped_in_a_row": 0, "evaluated": False, "best": None, "files": {},
+             "within": None}
     if resumed:
         state = load_trainer(resumed, policy, optimizer, world)
-    first_step, update, t_saved = state["step"] + 1, state["update"], time.monotonic()
-    log = open_logger(logger if main else "none", out_dir, config, first_step if resumed else 0)
-    files = open_logs(out_dir, state["files"]) if main else {}
+    first_step, update, skipped_in_a_row, t_saved = (state["step"] + 1, state["update"], state["skipped_in_a_row"],
+                                                     time.monotonic())
+    logs = Logs(out_dir, logger, config, state["files"], first_step, main)
+    health = Health(logs.read("metrics"))
     if main:
         save_config(config, f"{out_dir}/config.py")
-        if init_from == "resume":
-            print(f"goes on from {resumed}" if resumed else f"{out_dir} has no checkpoint yet: starts from {model}")
-            print(changed_knobs(state, config), end="\n" * bool(changed_knobs(state, config)))
+        print(*resumption(init_from, resumed, state, config, model), sep="\n", end="")
         print(f"{len(train)} queries, {steps_per_epoch} steps an epoch, {steps} steps of {batch_size} responses and "
               f"{updates_per_step} updates; {sum(p.numel() for p in trained):,} parameters trained on "
               f"{world.world_size} processes")
 
-    def write(name, rows):
-        """Appends the objects to out_dir/<name>.jsonl; only the main process writes."""
-        if main:
-            text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-            files[name].write(text.encode())
-            files[name].flush()
-            log.write(name, rows)
-
     def save(step, **progress):
         """Leaves a checkpoint of the run after so many steps, from which it can go on."""
-        now = {"update": update, "evaluated": True, "best": state["best"], "files": sizes_on_disk(files), "config": config,
-               "within": None}
+        now = {"update": update, "skipped_in_a_row": skipped_in_a_row, "evaluated": True, "best": state["best"],
+               "files": logs.sizes(), "config": config, "within": None}
         save_checkpoint(out_dir, step, policy, visual, folder, precision, world, optimizer, now | progress, keep_checkpoints)
 
-    def leave(number):
-        """Ends the run on a signal, after its checkpoint."""
-        engine.close()
-        log.close()
-        if main:
-            print(f"stopped by signal {number}; --init_from=resume goes on", flush=True)
-        end(128 + number)
-
     def evaluate_all(step):
-        before = sizes_on_disk(files)
+        before = logs.sizes()
         epoch = step // steps_per_epoch if step % steps_per_epoch == 0 else step / steps_per_epoch
         for split, dataset in datasets.items():
             rows, samples = evaluate(engine, dataset, tokenizer, max_new_tokens, seed, world, EVALS)
             if number := stop.agreed():
                 save(step, evaluated=False, files=before)
-                leave(number)
+                leave(number, engine, logs, f"step {step}: evaluation")
             best = next(row["accuracy"] for row in rows if row["k"] == 1)
             if split == "validation" and (state["best"] is None or best > state["best"]["accuracy"]):
                 state["best"] = {"step": step, "accuracy": best}
-            write("eval", [{"step": step, "epoch": epoch, "split": split, **row} for row in rows])
-            write("samples", [{"step": step, "split": split, **sample} for sample in some(samples, save_samples)])
+            logs.write("eval", [{"step": step, "epoch": epoch, "split": split, **row} for row in rows])
+            logs.write("samples", [{"step": step, "split": split, **sample} for sample in some(samples, save_samples)])
             if main:
                 with tqdm.external_write_mode():  # the bar out of the way
                     show_table(f"epoch {epoch:g} {split}", rows)
@@ -352,7 +331,7 @@ if __name__ == "__main__":
         # 1) Data Flow ------------------------------------------------------------------------------------------------
         # in: the step's queries, a function of (seed, epoch). out: token ids with image placeholders, pixels and grids
         # of this rank's rows. row p of the step belongs to rank p % world_size: no minibatch depends on the ranks.
-        bar.set_description(f"step {step}: 1) Data Flow")
+        bar.set_description(now_at(f"step {step}: 1) Data Flow"))
         first = (step - 1) % steps_per_epoch * batch_size
         batch_rows = order(len(train), seed, epoch)[first:first + batch_size]  # of all ranks
         mine = batch_rows[world.rank::world.world_size]
@@ -361,7 +340,7 @@ if __name__ == "__main__":
         # 2) Response Collection --------------------------------------------------------------------------------------
         # in: this rank's rows. out: one response to each, as token ids with the engine's log-probabilities.
         # ids go into training as they are: decoded and tokenised again they could be others.
-        bar.set_description(f"step {step}: 2) Response Collection")
+        bar.set_description(now_at(f"step {step}: 2) Response Collection"))
         seeds = [request_seed(seed, step, train.samples[i].id, 0) for i in mine]
         if within:
             completions = [Completion(*row) for row in mine_of(within["completions"], world)]
@@ -369,15 +348,16 @@ if __name__ == "__main__":
             completions = engine.generate(train, mine, seeds, sampling)
             if number := stop.agreed():  # what was sampled is thrown away: the run after the step before is what counts
                 save(step - 1)
-                leave(number)
+                leave(number, engine, logs, f"step {step}: 2) Response Collection")
         responses = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
         t_rollout = time.perf_counter()
 
         # 3) Trajectory Generation ------------------------------------------------------------------------------------
         # in: queries and responses. out: a Trajectory: one padded batch, log-probabilities of policy and reference, and
         # rewards; and a record of each response for people to read.
-        bar.set_description(f"step {step}: 3) Trajectory Generation")
-        batch, image_features = make_batch(policy, visual, inputs, completions, tokenizer.pad_token_id, world.device)
+        bar.set_description(now_at(f"step {step}: 3) Trajectory Generation"))
+        batch, image_features = make_batch(policy, visual, inputs, [c.token_ids for c in completions],
+                                           tokenizer.pad_token_id, world.device)
         inputs = [x._replace(image=None, pixel_values=None) for x in inputs]  # 24 MB a row at the largest size
         if within:  # of the policy that sampled, which is gone
             logprobs, ref_logprobs, entropy = (padded(mine_of(within[name], world), batch.response_mask)
@@ -415,59 +395,54 @@ if __name__ == "__main__":
 
         # 4) Policy Update --------------------------------------------------------------------------------------------
         # in: the Trajectory. out: batch_size / minibatch_size * ppo_epochs optimizer steps, and the engine up to date.
-        bar.set_description(f"step {step}: 4) Policy Update")
+        bar.set_description(now_at(f"step {step}: 4) Policy Update"))
         mask = trajectory.response_mask
+        broken = unusable(trajectory)
+        usable = mask & torch.tensor([not names for names in broken], device=world.device)[:, None]  # (B, R)
         kl = k3(trajectory.logprobs, trajectory.ref_logprobs) * mask  # (B, R); 0 without a reference, see above
         rewards = token_rewards(trajectory.scores, kl, mask, kl_reward_coeff)  # (B, R)
-        advantages = whiten(discounted_returns(rewards, gamma), mask)  # (B, R); no critic: the baseline is the step's mean
+        # (B, R); no critic: the baseline is the step's mean. what is not finite spoils its own minibatch and no other
+        advantages = whiten(discounted_returns(rewards, gamma), usable)
 
         sums, grad_norms, skipped, done_updates = {}, [], 0, 0  # of the step's updates, for metrics
         if within:
-            sums, grad_norms, skipped, done_updates, within = *unpack_updates(within, world), None
+            sums, grad_norms, skipped, done_updates, within = *unpack_updates(within), None
         local_minibatch = minibatch_size // world.world_size
         for start_row in (list(range(0, len(mine), local_minibatch)) * ppo_epochs)[done_updates:]:
             minibatch = torch.arange(start_row, start_row + local_minibatch)
             tokens = all_sum([mask[minibatch].sum().item()]).item()  # response tokens of the minibatch, all ranks
-            update_sums = {}
-            lengths = trajectory.attention_mask[minibatch].sum(1).tolist()
-            for rows, real in microbatches(lengths, max_tokens_per_microbatch):
-                rows = minibatch[rows]
-                part = select(trajectory, rows)
-                R = part.response_mask.shape[1]
-                new_logprobs, _ = policy(part.query_responses, part.position_ids, part.attention_mask,
-                                         [trajectory.image_features[i] for i in rows], part.response_mask,
-                                         temperature)
-                pg_loss, kl_loss, ratio, clipped = policy_loss(
-                    new_logprobs, trajectory.logprobs[rows, :R], trajectory.ref_logprobs[rows, :R], advantages[rows, :R],
-                    clip_low, clip_high)
-                weights = loss_weights(part.response_mask, loss_agg, minibatch_size, tokens) * real
-                loss = (weights * (pg_loss + kl_loss_coeff * kl_loss)).sum()
-                (loss * world.world_size).backward()  # FSDP averages gradients over ranks; the weights want their sum
-                counted = part.response_mask * real
-                approx_kl = k3(trajectory.logprobs[rows, :R], new_logprobs)  # of the policy that sampled to the policy now
-                for name, values in (("pg_loss", weights * pg_loss), ("kl_loss", weights * kl_loss), ("tokens", counted),
-                                     ("ratio", ratio * counted), ("clipfrac", clipped * counted),
-                                     ("approx_kl", approx_kl * counted)):
-                    update_sums[name] = update_sums.get(name, 0) + values.detach().double().sum()
+            update_sums = minibatch_gradient(
+                policy, trajectory, advantages, minibatch, minibatch_size, tokens, loss_agg, clip_low, clip_high,
+                kl_loss_coeff, temperature, max_tokens_per_microbatch)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(update, steps * updates_per_step, learning_rate, warmup_ratio)
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, clip_grad_norm or math.inf)
             grad_norm = grad_norm.full_tensor().item()  # over all ranks, so all take the same branch
-            if math.isfinite(grad_norm):
+            loss = update_sums["pg_loss"] + kl_loss_coeff * update_sums["kl_loss"]
+            sound = not any(broken[i] for i in minibatch.tolist())
+            if all_max(not (sound and math.isfinite(loss) and math.isfinite(grad_norm))) == 0:
                 optimizer.step()
                 grad_norms.append(grad_norm)
                 sums = {name: sums.get(name, 0) + value for name, value in update_sums.items()}
+                skipped_in_a_row = 0
             else:
-                skipped += 1
+                skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+                rows = gather_rows([records[i] | {"not_finite": broken[i]} for i in minibatch.tolist()])
+                logs.write("skipped", [{"step": step, "update": done_updates + 1, "loss": finite(loss),
+                                        "grad_norm": finite(grad_norm), **row} for row in rows])
                 if main:
-                    rows = batch_rows[start_row * world.world_size:][:minibatch_size]  # of all ranks
-                    bar.write(f"step {step}: gradient norm {grad_norm}: update SKIPPED, the weights stay as they were; its "
-                              "samples: " + ", ".join(train.samples[i].id for i in rows))
+                    bar.write(f"step {step}: loss {loss}, gradient norm {grad_norm}: update SKIPPED, the weights stay as "
+                              "they were; its samples are in skipped.jsonl: " + ", ".join(row["id"] for row in rows))
+                if skipped_in_a_row == max_skipped_updates:
+                    raise UserError(
+                        f"step {step}: {skipped_in_a_row} updates in a row were skipped, since a loss, gradient, reward or "
+                        f"log-probability was not finite; see not_finite, loss and response of {out_dir}/skipped.jsonl, "
+                        "lower learning_rate, or go on from the last checkpoint with --init_from=resume")
             optimizer.zero_grad(set_to_none=True)
             update, done_updates = update + 1, done_updates + 1
             if done_updates < updates_per_step and (number := stop.agreed()):
-                save(step - 1, within=pack_step(completions, trajectory, sums, grad_norms, skipped, done_updates, world))
-                leave(number)
+                save(step - 1, within=pack_step(completions, trajectory, sums, grad_norms, skipped, done_updates))
+                leave(number, engine, logs, f"step {step}: 4) Policy Update")
         t_update = time.perf_counter()
         engine.load_weights(gather_weights(policy, precision))  # from here on the engine is the new policy
         t_sync = time.perf_counter()
@@ -476,50 +451,51 @@ if __name__ == "__main__":
         difference = (trajectory.logprobs - trajectory.rollout_logprobs).abs() * mask
         tokens, *token_sums = all_sum([x.double().sum().item() for x in (mask, difference, kl, trajectory.entropy)]).tolist()
         mean_difference, mean_kl, mean_entropy = (total / tokens for total in token_sums)
-        made = dict(zip(sums, all_sum([float(value) for value in sums.values()]).tolist()))  # {} if all were skipped
-        gathered = gather_json(records)
-        records = [gathered[p % world.world_size][p // world.world_size] for p in range(batch_size)]  # in the data's order
+        records = gather_rows(records)
 
         def mean(values):
             return sum(values) / batch_size
 
-        metrics = {
+        metrics = finite({
             "step": step, "epoch": epoch, "samples": step * batch_size,
             "train/accuracy": mean(r["correct"] for r in records), "train/score": mean(r["score"] for r in records),
             **{f"reward/{name}": mean(r["rewards"][name] for r in records) for name in ("accuracy", "language", "format")},
             "response/length": mean(r["length"] for r in records),
             "response/clip_ratio": mean(r["finish_reason"] != "stop" for r in records),
             **reflection_metrics(tally([r["response"] for r in records], [r["correct"] for r in records])),
-            "policy/loss": (made["pg_loss"] + kl_loss_coeff * made["kl_loss"]) / len(grad_norms) if made else None,
-            "policy/pg_loss": made["pg_loss"] / len(grad_norms) if made else None,
-            "policy/kl_loss": made["kl_loss"] / len(grad_norms) if made and reference is not None else None,
-            "policy/entropy": mean_entropy, "policy/ratio": made["ratio"] / made["tokens"] if made else None,
-            "policy/clipfrac": made["clipfrac"] / made["tokens"] if made else None,
-            "policy/approx_kl": made["approx_kl"] / made["tokens"] if made else None,
-            "policy/grad_norm": sum(grad_norms) / len(grad_norms) if made else None,
+            "policy/loss": (sums["pg_loss"] + kl_loss_coeff * sums["kl_loss"]) / len(grad_norms) if sums else None,
+            "policy/pg_loss": sums["pg_loss"] / len(grad_norms) if sums else None,
+            "policy/kl_loss": sums["kl_loss"] / len(grad_norms) if sums and reference is not None else None,
+            "policy/entropy": mean_entropy, "policy/ratio": sums["ratio"] / sums["tokens"] if sums else None,
+            "policy/clipfrac": sums["clipfrac"] / sums["tokens"] if sums else None,
+            "policy/approx_kl": sums["approx_kl"] / sums["tokens"] if sums else None,
+            "policy/grad_norm": sum(grad_norms) / len(grad_norms) if sums else None,
             "policy/lr": optimizer.param_groups[0]["lr"], "policy/updates": len(grad_norms), "policy/skipped": skipped,
             "rollout/logprob_diff": mean_difference, "rollout/kl": mean_kl if reference is not None else None,
             "judge/errors": sum(bool(r["error"]) for r in records),
+            **{f"judge/{name}": sum(r["error"] == error for r in records)
+               for name, error in (("timeouts", "timeout"), ("unreadable", "unreadable"))},
             "time/rollout_s": t_rollout - t_start, "time/trajectory_s": t_trajectory - t_rollout,
             "time/update_s": t_update - t_trajectory, "time/sync_s": t_sync - t_update,
             "time/step_s": time.perf_counter() - t_start,
             "tokens/prompt": sum(r["query_length"] for r in records), "tokens/response": int(tokens),
-            "memory/peak_gb": peak_gb(world.device)}
-        write("metrics", [metrics])
-        write("samples", [{"step": step, "split": "train", **r} for r in records[:save_samples]])
+            "memory/peak_gb": peak_gb(world.device)})
+        logs.write("metrics", [metrics])
+        warnings = health.check(metrics)
+        logs.write("samples", [{"step": step, "split": "train", **r} for r in records[:save_samples]])
         if main:
             m = metrics
             left = time_left(time.perf_counter() - t_loop, step - first_step + 1, steps - first_step + 1)
             with tqdm.external_write_mode():
-                print(f"step {step}/{steps} | score {m['train/score']:.2f} acc {m['train/accuracy']:.2f} | "
+                print(f"step {step}/{steps} | score {shown(m['train/score'], '.2f')} acc {m['train/accuracy']:.2f} | "
                       f"len {m['response/length']:.1f} clipped {m['response/clip_ratio']:.0%} | "
                       f"kl {shown(m['rollout/kl'], '.1e')} clipfrac {shown(m['policy/clipfrac'], '.2f')} "
-                      f"ent {m['policy/entropy']:.2f} | logp diff {m['rollout/logprob_diff']:.0e} | "
+                      f"ent {shown(m['policy/entropy'], '.2f')} | logp diff {shown(m['rollout/logprob_diff'], '.0e')} | "
                       f"gen {m['time/rollout_s']:.1f}s traj {m['time/trajectory_s']:.1f}s upd {m['time/update_s']:.1f}s | "
-                      f"left {left}", flush=True)
+                      f"left {left}", *warnings, sep="\n", flush=True)
         done = step == steps
         if eval_every_epochs and (done or step % (steps_per_epoch * eval_every_epochs) == 0):
-            bar.set_description(f"step {step}: evaluation")
+            bar.set_description(now_at(f"step {step}: evaluation"))
             evaluate_all(step)
         number, minutes = stop.agreed(), all_max((time.monotonic() - t_saved) / 60)
         if (number or done or (save_every_steps and step % save_every_steps == 0)
@@ -527,8 +503,8 @@ if __name__ == "__main__":
             save(step)
             t_saved = time.monotonic()
         if number and not done:
-            leave(number)
+            leave(number, engine, logs, f"step {step}")
 
     engine.close()
-    log.close()
+    logs.close()
     end()

@@ -7,7 +7,6 @@ same model code and same evaluation as train_rl.py; only the loss differs.
 The loss is the mean of -log p over the solution tokens of the batch, EOS included, on all ranks: a sum over a global count.
 The paper shipped results of its baseline, but no code; batch, learning rate and schedule are those of its appendix.
 """
-import json
 import math
 import os
 import time
@@ -15,15 +14,15 @@ import time
 import torch
 from tqdm import tqdm
 
-from checkpoint import (Stop, changed_knobs, check_out_dir, find_checkpoint, load_trainer, open_logs, save_checkpoint,
-                        sizes_on_disk)
+from batch import make_batch, microbatches, select
+from checkpoint import Stop, check_out_dir, find_checkpoint, leave, load_trainer, resumption, save_checkpoint
 from configurator import UserError, check_at_least, configure, save_config
 from data import Dataset, load_processor, order, print_warnings
-from distributed import all_max, all_sum, end, start
+from distributed import all_max, all_sum, end, gather_rows, start
 from evaluate import EVALS, evaluate, show_table, some
-from logger import check_logger, open_logger, shown, time_left
-from model import (ImageInput, compute_dtype, encode_images, gather_weights, learning_rate_at, load_config, load_policy,
-                   local_folder, microbatches, pack, peak_gb, select)
+from logger import check_logger, shown, time_left
+from logs import Logs, finite
+from model import compute_dtype, gather_weights, learning_rate_at, load_config, load_policy, local_folder, peak_gb
 from rollout import banned_token_ids, eos_token_ids, open_engine
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,6 +67,8 @@ overwrite = False  # True starts anew in an out_dir that holds a run, which is l
 save_dtype = "auto"  # of the checkpoint's tensors: 'float32', 'bfloat16', or 'auto': the compute dtype
 save_samples = 16  # evaluation responses that go to samples.jsonl, of each split
 logger = "none"  # 'none', 'tensorboard' (out_dir/tensorboard) or 'wandb' (offline: set WANDB_MODE=offline)
+max_skipped_updates = 8  # stop when so many updates in a row were left out for a number that is not finite; 0 = never
+timeout_minutes = 120  # a process that waits for another (or for the engine) so long ends the run and says for whom
 log_every = 1  # updates between two printed lines; metrics.jsonl gets every update
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -100,7 +101,7 @@ if __name__ == "__main__":
         raise UserError(f"{train_data}: {len(train)} rows do not fill one batch, {batch_size=}")
     steps = max_steps or epochs * steps_per_epoch
 
-    world = start()
+    world = start(timeout_minutes)
     main, stop = world.rank == 0, Stop()
     if main:
         print_warnings({"train": train, **datasets})
@@ -112,61 +113,43 @@ if __name__ == "__main__":
     if datasets:
         engine = open_engine(rollout, folder, precision, world, eos_ids, banned_ids, max_prompt_tokens + max_new_tokens,
                              gpu_memory_utilization, seed)
+        stop.engine = engine
     policy, visual = load_policy(folder, world, precision, banned_ids, train_llm, train_connector, train_vit,
                                  activation_checkpointing=activation_checkpointing)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay)
-    state = {"step": 0, "evaluated": False, "best": None, "files": {}}  # how far the run is
+    state = {"step": 0, "skipped_in_a_row": 0, "evaluated": False, "best": None, "files": {}}  # how far the run is
     if resumed:
         state = load_trainer(resumed, policy, optimizer, world)
-    first_step, t_saved = state["step"] + 1, time.monotonic()
-    log = open_logger(logger if main else "none", out_dir, config, first_step if resumed else 0)
-    files = open_logs(out_dir, state["files"]) if main else {}
+    first_step, skipped_in_a_row, t_saved = state["step"] + 1, state["skipped_in_a_row"], time.monotonic()
+    logs = Logs(out_dir, logger, config, state["files"], first_step, main)
     if main:
         save_config(config, f"{out_dir}/config.py")
-        if init_from == "resume":
-            print(f"goes on from {resumed}" if resumed else f"{out_dir} has no checkpoint yet: starts from {model}")
-            print(changed_knobs(state, config), end="\n" * bool(changed_knobs(state, config)))
+        print(*resumption(init_from, resumed, state, config, model), sep="\n", end="")
         print(f"{len(train)} rows, {steps_per_epoch} updates of {batch_size} rows an epoch, {steps} updates; "
               f"{sum(p.numel() for p in trained):,} parameters trained on {world.world_size} processes")
 
-    def write(name, rows):
-        """Appends the objects to out_dir/<name>.jsonl; only the main process writes."""
-        if main:
-            text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-            files[name].write(text.encode())
-            files[name].flush()
-            log.write(name, rows)
-
     def save(step, **progress):
         """Leaves a checkpoint of the run after so many updates, from which it can go on."""
-        now = {"evaluated": True, "best": state["best"], "config": config, "files": sizes_on_disk(files)}
+        now = {"skipped_in_a_row": skipped_in_a_row, "evaluated": True, "best": state["best"], "config": config,
+               "files": logs.sizes()}
         save_checkpoint(out_dir, step, policy, visual, folder, save_precision, world, optimizer, now | progress,
                         keep_checkpoints)
 
-    def leave(number):
-        """Ends the run on a signal, after its checkpoint."""
-        if engine:
-            engine.close()
-        log.close()
-        if main:
-            print(f"stopped by signal {number}; --init_from=resume goes on", flush=True)
-        end(128 + number)
-
     def evaluate_all(step):
-        before = sizes_on_disk(files)
+        before = logs.sizes()
         epoch = step // steps_per_epoch if step % steps_per_epoch == 0 else step / steps_per_epoch
         engine.load_weights(gather_weights(policy, precision))
         for split, dataset in datasets.items():
             rows, samples = evaluate(engine, dataset, tokenizer, max_new_tokens, seed, world, EVALS)
             if number := stop.agreed():
                 save(step, evaluated=False, files=before)
-                leave(number)
+                leave(number, engine, logs, f"step {step}: evaluation")
             best = next(row["accuracy"] for row in rows if row["k"] == 1)
             if split == "validation" and (state["best"] is None or best > state["best"]["accuracy"]):
                 state["best"] = {"step": step, "accuracy": best}
-            write("eval", [{"step": step, "epoch": epoch, "split": split, **row} for row in rows])
-            write("samples", [{"step": step, "split": split, **sample} for sample in some(samples, save_samples)])
+            logs.write("eval", [{"step": step, "epoch": epoch, "split": split, **row} for row in rows])
+            logs.write("samples", [{"step": step, "split": split, **sample} for sample in some(samples, save_samples)])
             if main:
                 with tqdm.external_write_mode():  # the bar out of the way
                     show_table(f"epoch {epoch:g} {split}", rows)
@@ -189,10 +172,7 @@ if __name__ == "__main__":
         inputs = [train.inputs(i) for i in mine]
         solutions = [tokenizer.encode(train.samples[i].solution, add_special_tokens=False) + [tokenizer.eos_token_id]
                      for i in mine]
-        batch = pack(policy, [x.query_ids for x in inputs], solutions, [x.grid_thw for x in inputs], tokenizer.pad_token_id,
-                     world.device)
-        images = [ImageInput(x.pixel_values, x.grid_thw) for x in inputs]
-        image_features = images if visual is None else encode_images(visual, images)
+        batch, image_features = make_batch(policy, visual, inputs, solutions, tokenizer.pad_token_id, world.device)
 
         # 2) forward and backward, micro-batch by micro-batch
         tokens = all_sum([batch.response_mask.sum().item()]).item()  # solution tokens of the batch, all ranks
@@ -209,24 +189,34 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step - 1, steps, learning_rate, warmup_ratio)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, clip_grad_norm or math.inf).full_tensor().item()
-        if math.isfinite(grad_norm):
-            optimizer.step()
-        elif main:
-            bar.write(f"step {step}: gradient norm {grad_norm}: update SKIPPED, the weights stay as they were")
-        optimizer.zero_grad(set_to_none=True)
-
         mean_loss = all_sum(total_loss).item()
+        sound = math.isfinite(mean_loss) and math.isfinite(grad_norm)  # both are of all ranks, so all take the same branch
+        if sound:
+            optimizer.step()
+        else:
+            rows = gather_rows([{"id": train.samples[i].id, "question": train.samples[i].question,
+                                 "solution": train.samples[i].solution} for i in mine])
+            logs.write("skipped", [{"step": step, "loss": mean_loss, "grad_norm": grad_norm, **row} for row in rows])
+            if main:
+                bar.write(f"step {step}: loss {mean_loss}, gradient norm {grad_norm}: update SKIPPED, the weights stay as "
+                          "they were; its rows are in skipped.jsonl: " + ", ".join(row["id"] for row in rows))
+        optimizer.zero_grad(set_to_none=True)
+        skipped_in_a_row = 0 if sound else skipped_in_a_row + 1
+        if skipped_in_a_row and skipped_in_a_row == max_skipped_updates:
+            raise UserError(f"step {step}: {skipped_in_a_row} updates in a row were skipped, since loss or gradient was not "
+                            f"finite; see {out_dir}/skipped.jsonl, lower learning_rate, or go on from the last checkpoint "
+                            "with --init_from=resume")
+
         prompt_tokens = all_sum([sum(len(x.query_ids) for x in inputs)]).item()
         seconds = time.perf_counter() - t_start
-        metrics = {
+        metrics = finite({
             "step": step, "epoch": epoch, "samples": step * batch_size,
-            "policy/loss": mean_loss if math.isfinite(mean_loss) else None,
-            "policy/grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "policy/lr": optimizer.param_groups[0]["lr"], "policy/updates": int(math.isfinite(grad_norm)),
+            "policy/loss": mean_loss, "policy/grad_norm": grad_norm, "policy/lr": optimizer.param_groups[0]["lr"],
+            "policy/updates": int(sound), "policy/skipped": int(not sound),
             "response/length": tokens / batch_size, "tokens/prompt": int(prompt_tokens), "tokens/response": int(tokens),
             "time/step_s": seconds,
-            "memory/peak_gb": peak_gb(world.device)}
-        write("metrics", [metrics])
+            "memory/peak_gb": peak_gb(world.device)})
+        logs.write("metrics", [metrics])
         done = step == steps
         if main and (done or step % log_every == 0):
             with tqdm.external_write_mode():
@@ -243,9 +233,9 @@ if __name__ == "__main__":
             save(step)
             t_saved = time.monotonic()
         if number and not done:
-            leave(number)
+            leave(number, engine, logs, f"step {step}")
 
     if engine:
         engine.close()
-    log.close()
+    logs.close()
     end()

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import batch as batching  # noqa: E402
 import distributed  # noqa: E402
 import model  # noqa: E402
 from tiny import make_tiny  # noqa: E402
@@ -43,7 +44,7 @@ if __name__ == "__main__":
         policy, visual = model.load_policy(folder, world, torch.float32, [6])
     grid = torch.tensor([[1, 4, 4]])
     queries, responses = [[10, 3, 6, 6, 6, 6, 4, 11]] * 4, torch.randint(8, 151_936, (4, 512)).tolist()
-    batch = model.pack(policy, queries, responses, [grid] * 4, 0, "cpu")
+    batch = batching.pack(policy, queries, responses, [grid] * 4, 0, "cpu")
     features = model.encode_images(visual, [model.ImageInput(torch.randn(16, 1176), grid)] * 4)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], 1e-6)
     before = peak_kb()

@@ -1,7 +1,9 @@
 """train_rl.py as it stands, with one hook from outside; the arguments are the script's own.
 
-    NANOMAYE_HOOK=record:FILE python tests/patched_run.py --out_dir=...     # FILE gets the gradient of the first update
-    NANOMAYE_HOOK=nan:2 python tests/patched_run.py --out_dir=...           # the second forward with gradients gives NaN
+    NANOMAYE_HOOK=record:FILE python tests/patched_run.py --out_dir=...   # FILE gets the gradient of the first update
+    NANOMAYE_HOOK=nan:2 python tests/patched_run.py --out_dir=...         # the second forward with gradients gives NaN
+
+and so on: see HOOKS; the number counts calls from 1, and 0 is every one of them.
 """
 import os
 import pathlib
@@ -15,7 +17,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import model  # noqa: E402
 
-clip, forward = torch.nn.utils.clip_grad_norm_, model.Policy.forward
+import reward  # noqa: E402
+
+clip, forward, step = torch.nn.utils.clip_grad_norm_, model.Policy.forward, torch.optim.AdamW.step
+language_reward = reward.language_reward
 kind, argument = os.environ["NANOMAYE_HOOK"].split(":", 1)
 calls = 0
 
@@ -30,16 +35,47 @@ def recording_clip(parameters, max_norm):
     return clip(parameters, max_norm)
 
 
-def failing_forward(*args, **kwargs):
+def hit():
+    """Whether this call is the one that the hook is about."""
     global calls
-    logprobs, entropy = forward(*args, **kwargs)
-    calls += torch.is_grad_enabled()
-    return (logprobs * torch.nan if torch.is_grad_enabled() and calls == int(argument) else logprobs), entropy
+    calls += 1
+    return calls == int(argument) or argument == "0"
 
+
+def nan_logprobs(*args, **kwargs):
+    """The forward of an update: its loss is NaN."""
+    logprobs, entropy = forward(*args, **kwargs)
+    return (logprobs * torch.nan if torch.is_grad_enabled() and hit() else logprobs), entropy
+
+
+def nan_old_logprobs(*args, **kwargs):
+    """A forward of Step III: the first row's log-probabilities are NaN."""
+    logprobs, entropy = forward(*args, **kwargs)
+    if not torch.is_grad_enabled() and hit():
+        logprobs[0] = torch.nan
+    return logprobs, entropy
+
+
+def nan_gradient(parameters, max_norm):
+    """The loss is finite, one number of its gradient is not."""
+    if hit():
+        parameters[0].grad.to_local().view(-1)[0] = torch.inf
+    return clip(parameters, max_norm)
+
+
+def nan_reward(response):
+    return float("nan") if hit() else language_reward(response)
+
+
+def left_out(self, *args, **kwargs):
+    """What a skipped update must equal: the optimizer is not called."""
+    return None if hit() else step(self, *args, **kwargs)
+
+
+HOOKS = {"record": (torch.nn.utils, "clip_grad_norm_", recording_clip), "nan": (model.Policy, "forward", nan_logprobs),
+         "nan_old": (model.Policy, "forward", nan_old_logprobs), "nan_reward": (reward, "language_reward", nan_reward),
+         "nan_gradient": (torch.nn.utils, "clip_grad_norm_", nan_gradient), "left_out": (torch.optim.AdamW, "step", left_out)}
 
 if __name__ == "__main__":
-    if kind == "record":
-        torch.nn.utils.clip_grad_norm_ = recording_clip
-    else:
-        model.Policy.forward = failing_forward
+    setattr(*HOOKS[kind])
     runpy.run_path(str(ROOT / "train_rl.py"), run_name="__main__")

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 
 import distributed
 import checkpoint
+import batch as batching
 import model
 from configurator import UserError
 
@@ -63,7 +64,7 @@ def test_logprobs_and_entropy_equal_those_of_transformers(folder, world, monkeyp
     monkeypatch.setitem(model.LOGITS_PER_CHUNK, "cpu", 3 * 264)  # three tokens a chunk: ten tokens make four
     queries, pixels = problem()
     policy, visual = model.load_policy(folder, world, torch.float32, [6])
-    batch = model.pack(policy, queries, RESPONSES, GRIDS, 0, "cpu")
+    batch = batching.pack(policy, queries, RESPONSES, GRIDS, 0, "cpu")
     features = model.encode_images(visual, [model.ImageInput(*x) for x in zip(pixels, GRIDS)])
     logprobs, entropy = run(policy, batch, features)
     for i, (expected, expected_entropy) in enumerate(reference_logprobs(folder, queries, pixels, RESPONSES)):
@@ -73,7 +74,7 @@ def test_logprobs_and_entropy_equal_those_of_transformers(folder, world, monkeyp
         assert (logprobs[i, n:] == 0).all() and (entropy[i, n:] == 0).all()
     # rows of the batch on their own, trimmed, say the same
     for rows in ([2], [1, 0]):
-        part = model.select(batch, rows)
+        part = batching.select(batch, rows)
         alone, _ = run(policy, part, [features[i] for i in rows])
         torch.testing.assert_close(alone, logprobs[rows, :alone.shape[1]], atol=1e-5, rtol=0)
     # a tower that is part of the policy makes the same features
@@ -92,7 +93,7 @@ def test_chunks_and_checkpointing_do_not_change_the_gradient(folder, world, monk
     for chunk, checkpointing in ((1 << 24, False), (264, True)):
         monkeypatch.setitem(model.LOGITS_PER_CHUNK, "cpu", chunk)
         policy, visual = model.load_policy(folder, world, torch.float32, [6], activation_checkpointing=checkpointing)
-        batch = model.pack(policy, queries, RESPONSES, GRIDS, 0, "cpu")
+        batch = batching.pack(policy, queries, RESPONSES, GRIDS, 0, "cpu")
         features = model.encode_images(visual, [model.ImageInput(*x) for x in zip(pixels, GRIDS)])
         run(policy, batch, features)[0].sum().backward()
         gradients.append(torch.cat([p.grad.full_tensor().flatten() for p in policy.parameters()]))
@@ -102,7 +103,7 @@ def test_chunks_and_checkpointing_do_not_change_the_gradient(folder, world, monk
 def test_an_image_token_in_a_response_is_text(tiny_model_dir, world):
     queries, pixels = problem()
     policy, visual = model.load_policy(tiny_model_dir, world, torch.float32, [])
-    batch = model.pack(policy, queries, [[40, 6, 41]] * 3, GRIDS, 0, "cpu")
+    batch = batching.pack(policy, queries, [[40, 6, 41]] * 3, GRIDS, 0, "cpu")
     features = model.encode_images(visual, [model.ImageInput(*x) for x in zip(pixels, GRIDS)])
     assert torch.isfinite(run(policy, batch, features)[0]).all()
 
@@ -111,7 +112,7 @@ def test_positions_are_those_of_the_whole_sequence(folder, world):
     """continued from the query's largest position, they equal get_rope_index over query and response."""
     queries, _ = problem()
     policy, _ = model.load_policy(folder, world, torch.float32, [6])
-    batch = model.pack(policy, queries, RESPONSES, GRIDS, 0, "cpu")
+    batch = batching.pack(policy, queries, RESPONSES, GRIDS, 0, "cpu")
     for i, (query, response) in enumerate(zip(queries, RESPONSES)):
         ids = torch.tensor([query + response])
         whole, _ = policy.rope_index(ids, mm_token_type_ids=(ids == 6).int(), image_grid_thw=GRIDS[i])
@@ -122,22 +123,22 @@ def test_positions_are_those_of_the_whole_sequence(folder, world):
 def test_masks_come_from_lengths(world, tiny_model_dir):
     queries, _ = problem()
     policy, _ = model.load_policy(tiny_model_dir, world, torch.float32, [6])
-    batch = model.pack(policy, queries, RESPONSES, GRIDS, 0, "cpu")
+    batch = batching.pack(policy, queries, RESPONSES, GRIDS, 0, "cpu")
     assert batch.response_mask.sum(1).tolist() == [4, 1, 5]  # the sampled padding ids of row 2 count
     assert batch.attention_mask.sum(1).tolist() == [len(q) + len(r) for q, r in zip(queries, RESPONSES)]
-    part = model.select(batch, [1])
+    part = batching.select(batch, [1])
     assert part.query_responses.tolist() == [queries[1] + RESPONSES[1]] and part.response_mask.tolist() == [[True]]
 
 
 def test_micro_batches_hold_every_row_once_within_the_budget():
     lengths = [5, 100, 7, 30, 30, 8, 300]
-    batches = model.cut(lengths, 100)
+    batches = batching.cut(lengths, 100)
     assert sorted(i for rows in batches for i in rows) == list(range(7))
     assert batches[0] == [6], "a row over the budget stands alone"
     for rows in batches:
         assert len(rows) == 1 or len(rows) * max(lengths[i] for i in rows) <= 100
-    assert model.cut([1] * 10, 100) == [list(range(10))]
-    assert model.cut([], 100) == []
+    assert batching.cut([1] * 10, 100) == [list(range(10))]
+    assert batching.cut([], 100) == []
 
 
 def test_frozen_parts_get_no_gradient_and_the_flags_say_which(folder, world):
@@ -159,7 +160,7 @@ def test_checkpoint_opens_in_transformers_and_in_a_policy(folder, world, tmp_pat
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(0.01)
-    batch = model.pack(policy, queries, RESPONSES, GRIDS, 0, "cpu")
+    batch = batching.pack(policy, queries, RESPONSES, GRIDS, 0, "cpu")
     images = [model.ImageInput(*x) for x in zip(pixels, GRIDS)]
     logprobs, _ = run(policy, batch, model.encode_images(visual, images))
     for step in (1, 2):

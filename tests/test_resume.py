@@ -1,5 +1,6 @@
 """A run that is stopped or killed, wherever, and goes on: it leaves the files of one that was not. Checkpoints on disk."""
 import json
+import math
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ from test_runs import ROOT, TORCHRUN, finish, launch, metrics_of, read
 
 import checkpoint
 import distributed
+import logs
 from configurator import UserError
 
 KILLS = int(os.environ.get("NANOMAYE_KILLS", 4))  # of the run that is killed at random moments; 20 were tried
@@ -254,12 +256,17 @@ def test_a_model_without_a_trainer_and_a_broken_state_are_named(world, tmp_path)
 
 def test_logs_are_cut_to_the_checkpoint(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b"1\n2\n3\n4")
-    files = checkpoint.open_logs(tmp_path, {"metrics": 4, "eval": 0})
-    files["metrics"].write(b"5\n")
-    assert checkpoint.sizes_on_disk(files) == {"metrics": 6, "eval": 0, "samples": 0}
-    assert (tmp_path / "metrics.jsonl").read_bytes() == b"1\n2\n5\n"
+    log = logs.Logs(tmp_path, "none", {}, {"metrics": 4, "eval": 0}, 3, main=True)
+    assert log.read("metrics") == [1, 2]
+    log.write("metrics", [{"step": 3, "loss": math.nan, "all": [1.5, -math.inf]}])
+    written = b'1\n2\n{"step": 3, "loss": null, "all": [1.5, null]}\n'
+    assert log.sizes() == {"metrics": len(written), "eval": 0, "samples": 0, "skipped": 0}
+    assert (tmp_path / "metrics.jsonl").read_bytes() == written
     with pytest.raises(UserError, match="metrics.jsonl is shorter than at the checkpoint"):
-        checkpoint.open_logs(tmp_path, {"metrics": 7})
+        logs.Logs(tmp_path, "none", {}, {"metrics": 70}, 3, main=True)
+    other = logs.Logs(tmp_path, "none", {}, {}, 1, main=False)  # a rank that is not the first touches nothing
+    other.write("metrics", [{}])
+    assert other.sizes() == {} and other.read("metrics") == [] and (tmp_path / "metrics.jsonl").read_bytes() == written
 
 
 def test_a_folder_that_cannot_be_written_to_is_known_before_anything_is_loaded(tmp_path):
