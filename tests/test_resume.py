@@ -157,29 +157,29 @@ def wait_for(condition, process, seconds=240):
 
 def test_a_run_killed_at_random_moments_leaves_the_files_of_one_that_was_not(rl, unbroken, tmp_path):
     """SIGKILL at KILLS moments: some time after a step was logged, or while a checkpoint is being written."""
-    rng, kills, steps, in_saves = random.Random(0), 0, 0, 0
-    command = [sys.executable, *rl, f"--out_dir={tmp_path}", "--init_from=resume"]
+    rng, kills, in_saves, rounds = random.Random(0), 0, 0, 1
+    out_dir = tmp_path / "1"
     while kills < KILLS:
+        command = [sys.executable, *rl, f"--out_dir={out_dir}", "--init_from=resume"]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                               env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
             if rng.random() < 0.6:  # a save of a random step to come
-                wait_for(lambda: any(tmp_path.glob("checkpoints/*.partial")), process)
+                wait_for(lambda: any(out_dir.glob("checkpoints/*.partial")), process)
                 time.sleep(rng.random() * 0.15)
             else:
-                seen = lines(tmp_path / "metrics.jsonl")
-                wait_for(lambda seen=seen: lines(tmp_path / "metrics.jsonl") != seen, process)
+                seen = lines(out_dir / "metrics.jsonl")
+                wait_for(lambda seen=seen: lines(out_dir / "metrics.jsonl") != seen, process)
                 time.sleep(rng.random() * 0.8)
-            in_saves += any(tmp_path.glob("checkpoints/*.partial"))
+            in_saves += any(out_dir.glob("checkpoints/*.partial"))
             process.kill()
             process.wait()
         kills += 1
-        all_load(tmp_path)
-        steps = max(steps, lines(tmp_path / "metrics.jsonl"))
-        if steps == 6:
-            break  # nothing left to kill
-    finish(command)
-    print(f"{kills} kills, {in_saves} of them within a save")
-    same_files(tmp_path, unbroken)
+        all_load(out_dir)
+        if kills == KILLS or lines(out_dir / "metrics.jsonl") == 6:  # nothing left to kill: once more from the start
+            finish(command)
+            same_files(out_dir, unbroken)
+            rounds, out_dir = rounds + 1, tmp_path / str(rounds + 1)
+    print(f"{kills} kills of {rounds - 1} runs, {in_saves} of them within a save")
 
 
 @pytest.mark.parametrize("where, n, number", [("publish", 2, signal.SIGKILL), ("rename", 3, signal.SIGKILL),
