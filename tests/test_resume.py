@@ -164,11 +164,11 @@ def test_a_run_killed_at_random_moments_leaves_the_files_of_one_that_was_not(rl,
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                               env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
             if rng.random() < 0.6:  # a save of a random step to come
-                wait_for(lambda: any(out_dir.glob("checkpoints/*.partial")), process)
+                wait_for(lambda out_dir=out_dir: any(out_dir.glob("checkpoints/*.partial")), process)
                 time.sleep(rng.random() * 0.15)
             else:
                 seen = lines(out_dir / "metrics.jsonl")
-                wait_for(lambda seen=seen: lines(out_dir / "metrics.jsonl") != seen, process)
+                wait_for(lambda seen=seen, out_dir=out_dir: lines(out_dir / "metrics.jsonl") != seen, process)
                 time.sleep(rng.random() * 0.8)
             in_saves += any(out_dir.glob("checkpoints/*.partial"))
             process.kill()
