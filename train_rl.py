@@ -127,7 +127,7 @@ def k3(logprobs, ref_logprobs):
     """Schulman's k3 estimate of KL(policy || reference) at each token, >= 0: exp(ref - new) - (ref - new) - 1.
     Paper, Eq. 1; http://joschu.net/blog/kl-approx.html. Any shape."""
     difference = ref_logprobs - logprobs
-    return difference.exp() - difference - 1
+    return difference.expm1() - difference  # exp(x) - 1 - x would round to below 0 for small x
 
 
 def token_rewards(scores, kl, response_mask, kl_reward_coeff):
