@@ -30,6 +30,8 @@ def one_by_one(pairs):
 
 if __name__ == "__main__":
     logging.disable()
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     rows = [json.loads(line) for name in sys.argv[1:] for line in pathlib.Path(name).read_text(encoding="utf-8").splitlines()]
     pairs, labels = [(row["response"], row["answer"]) for row in rows], [row["correct"] for row in rows]
     ways = {"math-verify alone": alone, "judge_batch, 1 worker": judged, "judge_batch, 2 workers": lambda p: judged(p, 2),
