@@ -11,7 +11,7 @@ import torch
 
 from distributed import all_max, all_sum
 from model import ImageInput, encode_images
-from rollout import request_seed
+from rollout import check_alive, request_seed
 
 
 class Batch(NamedTuple):
@@ -105,6 +105,7 @@ def make_batch(policy, visual, inputs, responses, pad_id, device):
 def parity(engine, policy, visual, dataset, indices, sampling, pad_id, max_tokens, device):
     """Mean |trainer logprob - engine logprob| over the tokens of one response to each of the rows, all ranks; nats."""
     completions = engine.generate(dataset, indices, [request_seed(0, "parity", i, 0) for i in indices], sampling)
+    check_alive(engine)
     batch, features = make_batch(policy, visual, [dataset.inputs(i) for i in indices], [c.token_ids for c in completions],
                                  pad_id, device)
     logprobs, _ = response_logprobs(policy, batch, features, max_tokens, sampling.temperature)

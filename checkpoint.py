@@ -10,6 +10,7 @@ A checkpoint is written under another name, flushed to the disk, and renamed; on
 are older ones removed. So a run that is killed at any moment leaves the checkpoint before, whole. The shards are those of
 torch.distributed.checkpoint in its safetensors format (no pickle): another number of processes can read them.
 """
+import contextlib
 import json
 import os
 import pathlib
@@ -17,7 +18,6 @@ import random
 import re
 import shutil
 import signal
-import sys
 import time
 
 import numpy as np
@@ -25,12 +25,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from configurator import UserError
+from configurator import UserError, say_last
 from distributed import all_max, end, gather_json, gather_rows, together
 from model import gather_weights, hub_name
+from watch import now_at
 
+TEXTS = (".json", ".txt", ".jinja")  # of a model folder: config, tokenizer, processor
 NAME = re.compile(r"step_(\d{6,})(?:_update_(\d{4,}))?")
 ENGINE_DIED = 1000  # above every signal number
 AGAIN_S = 2.0  # torchrun passes on the Ctrl-C that its children got from the terminal as well: that is no second one
@@ -54,18 +57,20 @@ class Stop:
 
     def agreed(self):
         """What any rank met: a signal's number, ENGINE_DIED, or 0. A collective: all ranks stop at the same place."""
-        died = self.engine is not None and self.engine.died
+        died = self.engine is not None and bool(self.engine.died)
         return int(all_max(float(ENGINE_DIED if died else self.signal)))
 
 
 def leave(number, engine, logs, place):
     """Ends the process on what Stop.agreed() said, after the checkpoint. A collective."""
+    how = sorted(set(gather_json(engine.died if engine is not None else "")) - {""})
     if engine is not None:
         engine.close()
     logs.close()
-    if dist.get_rank() == 0:
-        why = f"{place}: the engine's process died" if number == ENGINE_DIED else f"stopped by signal {number}"
-        print(f"{why}; --init_from=resume goes on", file=sys.stderr if number == ENGINE_DIED else sys.stdout, flush=True)
+    if dist.get_rank() == 0 and number == ENGINE_DIED:
+        say_last(f"{place}: the engine's process died ({', '.join(how)}); --init_from=resume goes on")
+    elif dist.get_rank() == 0:
+        print(f"stopped by signal {number}; --init_from=resume goes on", flush=True)
     end(1 if number == ENGINE_DIED else 128 + number)
 
 
@@ -215,6 +220,40 @@ def unpack_updates(within):
 # ---------------------------------------------------------------------------------------------------------------------
 # saving
 
+def check_room(out_dir, source, policy, visual, dtype, keep):
+    """[a warning] where the disk of out_dir has less room than keep checkpoints and the next one take, those that are there
+    counted, else []; UserError where not even one fits. A quota is not seen. A collective."""
+    trained = [p.numel() for p in policy.parameters() if p.requires_grad]
+    model = sum(p.numel() for part in (policy, visual) if part is not None for p in part.parameters())
+    texts = sum(path.stat().st_size for path in pathlib.Path(source).iterdir() if path.suffix in TEXTS)
+    # float32 weights and AdamW's two moments, tokenizer and the like, random generators
+    size = model * dtype.itemsize + 3 * 4 * sum(trained) + texts + 2**16 * dist.get_world_size()
+    with together():
+        free, gigabytes = shutil.disk_usage(out_dir).free, f"{size / 1e9:.3g} GB"
+        if free < size:
+            raise UserError(f"{out_dir}: a checkpoint takes {gigabytes}, {free / 1e9:.3g} GB are free; make room or choose "
+                            "another --out_dir")
+    count = max(1, keep + 1 - len(checkpoints_of(out_dir)))
+    return [] if free >= count * size or not keep else [
+        f"WARNING: {out_dir}: {free / 1e9:.3g} GB are free, {count} more checkpoints of {gigabytes} do not fit; make room, "
+        "or lower keep_checkpoints"]
+
+
+@contextlib.contextmanager
+def saving(out_dir, folder):
+    """A failure to write becomes a UserError that names the checkpoint and the one before."""
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointException) as error:
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]  # of one rank; all get it
+            if not isinstance(error, (OSError, SafetensorError)):
+                raise
+        before = f"{checkpoints_of(out_dir)[-1][2]} is whole, make room" if checkpoints_of(out_dir) else "make room"
+        raise UserError(f"checkpoint {folder.name} cannot be written ({getattr(error, 'strerror', None) or error}); {before} "
+                        "and go on by --init_from=resume") from None
+
+
 def sync_folder(folder):
     """Returns once every file below folder, and the folders themselves, are on the disk."""
     for path in [*folder.rglob("*"), folder]:
@@ -229,7 +268,7 @@ def sync_folder(folder):
 def write_model(folder, tensors, source, dtype):
     """A model folder in the hub's format. source: the folder that the run started from, for config, tokenizer, processor."""
     for path in pathlib.Path(source).iterdir():
-        if path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json"):
+        if path.suffix in TEXTS and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
@@ -242,6 +281,7 @@ def save_checkpoint(out_dir, step, policy, visual, source, dtype, world, optimiz
     """Writes out_dir/checkpoints/step_000120, points `latest` at it, and removes the oldest beyond keep (0: none), but never
     the one of state["best"]["step"]. A collective; what fails on one rank is raised on all, and the checkpoints before stay.
     state: what load_trainer shall return; its "within" says that the run stopped within step + 1, after so many updates."""
+    now_at(f"step {step}: checkpoint")
     within = state and state.get("within")
     root = pathlib.Path(out_dir) / "checkpoints"
     folder = root / (f"step_{step:06d}" + (f"_update_{within['updates']:04d}" if within else ""))
@@ -252,16 +292,17 @@ def save_checkpoint(out_dir, step, policy, visual, source, dtype, world, optimiz
             tensors[name] = full.to("cpu", copy=True)  # an uneven shard leaves a view of a longer storage
     generators = gather_json(random_state(world.device))
     try:
-        with together():
+        with together(), saving(out_dir, folder):
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
                 (partial / "trainer" if optimizer is not None else partial).mkdir(parents=True)
         if optimizer is not None:
             shards = trained_tensors(policy, optimizer)
-            dcp.save(shards, storage_writer=HuggingFaceStorageWriter(str(partial / "trainer"), save_distributed=True))
+            with saving(out_dir, folder):
+                dcp.save(shards, storage_writer=HuggingFaceStorageWriter(str(partial / "trainer"), save_distributed=True))
             steps = {int(moments["step"]) for moments in optimizer.state.values()}
             assert len(steps) == 1, f"parameters of one optimizer with different numbers of updates: {steps}"
-        with together():
+        with together(), saving(out_dir, folder):
             if main:
                 if visual is not None:
                     tensors |= {hub_name("visual." + n): p.detach().to("cpu", dtype) for n, p in visual.named_parameters()}

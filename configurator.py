@@ -14,22 +14,27 @@ import ast
 import difflib
 import glob
 import importlib.metadata
+import json
 import math
 import operator
 import os
 import platform
 import subprocess
 import sys
+import time
+import traceback
 
 UNARY = {ast.USub: operator.neg}
 # no power: 9**9**9 would never end
 BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
 BOOLS = {'true': True, '1': True, 'false': False, '0': False}    # on the command line, any case; files: True or False
+error_file = os.environ.get('TORCHELASTIC_ERROR_FILE', '') if 'RANK' in os.environ else ''  # for torchrun to read
 WANTED = {bool: 'True or False', int: 'an int like {!r}', float: 'a finite float like {!r}', str: 'a str like {!r}'}
 
 
 class UserError(ValueError):
-    """What a user can get wrong: one line that says what, where and what to do. Uncaught: that line, exit status 2."""
+    """What a user can get wrong: one line that says what, where and what to do (a line for each of several bad rows).
+    Uncaught: that text, exit status 2."""
 
 
 def constant(node):
@@ -164,13 +169,41 @@ def read_argv(argv, defaults, positional, several):
     return files, flags
 
 
+def say_last(text, ago=0):
+    """Says why this process ends, so that it is the last that people see: torchrun is given it to print, after all else it
+    has to say, as the cause of all that failed later; without torchrun it goes to stderr. ago: seconds since it failed."""
+    if error_file:
+        said = {'py_callstack': text, 'timestamp': str(int(time.time() - ago) - 1)}  # it counts in whole seconds
+        try:
+            with open(error_file, 'w', encoding='utf-8') as file:
+                json.dump({'message': {'message': text, 'extraInfo': said}}, file)
+            return
+        except OSError:                                  # a full /tmp, say
+            pass
+    print(text, file=sys.__stderr__, flush=True)
+
+
+def first_to_fail():
+    """Whether this process is the first of the node's that ends by an error, as far as torchrun's folder for errors tells."""
+    try:
+        if error_file:                                   # .../attempt_0/<local rank>/error.json
+            os.close(os.open(os.path.join(os.path.dirname(os.path.dirname(error_file)), 'failed'), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 def excepthook(kind, error, trace):
-    """One line and exit status 2 for a UserError; the usual traceback for everything else."""
+    """The message alone and exit status 2 for a UserError; the usual traceback for everything else. Once for all ranks of a
+    node that meet the same: the others wait, and torchrun ends them when it sees the first one's end."""
+    if not first_to_fail():
+        time.sleep(20)
     if not issubclass(kind, UserError):
-        return sys.__excepthook__(kind, error, trace)
-    rank = os.environ.get('RANK', '0')                   # every rank says what it met, it may be the only one
-    line = f'rank {rank}: ' * (rank != '0') + ' '.join(str(error).split('\n'))
-    print(line, file=sys.__stderr__, flush=True)         # torch.distributed borrows sys.stderr while a hook runs
+        return say_last(''.join(traceback.format_exception(kind, error, trace)).rstrip())
+    rank = os.environ.get('RANK', '0')                   # torchrun names it itself
+    say_last(f'rank {rank}: ' * (rank != '0' and not error_file) + str(error))
     raise SystemExit(2)                                  # from a hook this sets the status, and atexit still runs
 
 

@@ -2,19 +2,20 @@
 
 One process and N processes run the same code: a process group always exists. Collectives on CPU tensors go over gloo, on
 GPU tensors over nccl. What is not a tensor travels as JSON in a uint8 tensor: nothing is ever unpickled.
+What happens when one of them fails or hangs is in watch.py.
 """
 import contextlib
-import atexit
 import datetime
 import json
 import os
-import sys
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+import watch
 from configurator import UserError
+from watch import progress
 
 
 class World(NamedTuple):
@@ -26,13 +27,14 @@ class World(NamedTuple):
     device: torch.device
 
 
-def start(timeout_minutes=120) -> World:
-    """The World of this process, from torchrun's environment; without torchrun, a world of one.
-    The time-out is long since every process waits for the engine's sampling and for evaluation."""
+def start(timeout_minutes=120.0) -> World:
+    """The World of this process, from torchrun's environment; without torchrun, a world of one. timeout_minutes: the run ends
+    when no process has got any further for so long."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    timeout = datetime.timedelta(minutes=timeout_minutes)
+    # of one collective. only a net below the watch: a wait may be long while others sample or evaluate, and get on
+    timeout = datetime.timedelta(minutes=10 * timeout_minutes)
     cuda = torch.cuda.is_available()
     if cuda and torch.cuda.device_count() < local_world_size:
         raise UserError(f"{local_world_size} processes on this node, but {torch.cuda.device_count()} GPUs can be seen; lower "
@@ -40,7 +42,9 @@ def start(timeout_minutes=120) -> World:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)  # before any collective, or every process opens a context on GPU 0
-    store = None if "RANK" in os.environ else dist.HashStore()  # alone: no port, no rendezvous
+    several, store = "RANK" in os.environ, dist.HashStore()  # alone: no port, no rendezvous
+    if several:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
                             timeout=timeout)
     node_group = None
@@ -48,6 +52,7 @@ def start(timeout_minutes=120) -> World:
         ranks = list(range(first, first + local_world_size))
         group = dist.new_group(ranks, backend="gloo", timeout=timeout)
         node_group = group if rank in ranks else node_group
+    watch.begin(rank, rank - local_rank, local_world_size, store.clone() if several else None, 60 * timeout_minutes)
     return World(rank, world_size, local_rank, local_world_size, node_group, device)
 
 
@@ -55,23 +60,17 @@ def end(status=0):
     """Ends this process once every rank is here. Not by the interpreter's own end: FSDP's meshes still hold gloo's groups
     then, whose C++ threads now and then abort the process after all work is done (seen once in some hundred runs; compare
     https://github.com/pytorch/pytorch/pull/179291)."""
+    watch.current.leave()
     dist.barrier()
     dist.destroy_process_group()
-    atexit._run_exitfuncs()  # the judge's workers and the like
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def now_at(place):
-    """place"""
-    return place
+    watch.quit_now(status)
 
 
 def all_sum(values) -> torch.Tensor:
     """A new tensor: values (a tensor, or a list of numbers taken as float64 on the CPU) summed over all ranks."""
     total = values.clone() if torch.is_tensor(values) else torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
+    progress()
     return total
 
 
@@ -79,6 +78,7 @@ def all_max(value: float) -> float:
     """The largest value over all ranks."""
     largest = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
+    progress()
     return largest.item()
 
 
@@ -92,6 +92,7 @@ def gather_json(obj, group=None) -> list:
     padded[:len(payload)] = payload
     gathered = [torch.empty_like(padded) for _ in range(size)]
     dist.all_gather(gathered, padded, group=group)
+    progress()
     return [json.loads(g[:int(n)].numpy().tobytes()) for g, n in zip(gathered, lengths)]
 
 
@@ -116,4 +117,6 @@ def together(group=None, who=""):
         raise error
     if failures:
         by_user, text = failures[0]
-        raise UserError(text.removeprefix("UserError: ")) if by_user else RuntimeError(who + text)
+        failure = UserError(text.removeprefix("UserError: ")) if by_user else RuntimeError(who + text)
+        failure.elsewhere = True  # where it came from is for another rank to say
+        raise failure

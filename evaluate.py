@@ -33,7 +33,8 @@ from intervals import bootstrap, pass_at_k, wilson
 from model import Weights, compute_dtype, load_config, local_folder
 from reflection import ratios, tally
 from reward import judge_batch
-from rollout import Sampling, banned_token_ids, eos_token_ids, open_engine, request_seed
+from rollout import Sampling, banned_token_ids, check_alive, eos_token_ids, open_engine, request_seed
+from watch import now_at
 
 # ---------------------------------------------------------------------------------------------------------------------
 ckpt = ""  # model folders or hub names; a folder of step_* folders, such as out/toy/checkpoints, is all of them in order
@@ -268,8 +269,12 @@ if __name__ == "__main__":
 
     def write(name, rows):
         """Appends the objects to out_dir/<name>.jsonl; only the main process writes."""
-        files[name].write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
-        files[name].flush()
+        try:
+            files[name].write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+            files[name].flush()
+        except OSError as error:
+            raise UserError(f"{out_dir}/{name}.jsonl cannot be written ({error.strerror}); make room, or give another "
+                            "--out_dir") from None
 
     for name, folder, step, needs in checkpoints:
         tokenizer, datasets = loaded[needs]
@@ -288,8 +293,10 @@ if __name__ == "__main__":
         for path, split_name, dataset in zip(paths, splits, datasets):
             head, reflections = dict(step=step, epoch=None, split=split_name, ckpt=name, data=path), []
             for setting in evals:  # one by one: each is on disk before the next is sampled
+                now_at(f"{name}, {path}")
                 rows, responses = evaluate(engine, dataset, tokenizer, max_new_tokens, seed, world, [setting],
                                            samples_per_problem)
+                check_alive(engine)
                 if not main:
                     continue
                 for row in rows:

@@ -3,6 +3,7 @@
     metrics.jsonl    an object for each step                    eval.jsonl      for each evaluation, split and setting
     samples.jsonl    for each kept response                     skipped.jsonl   for each response of an update left out
 """
+import contextlib
 import json
 import math
 import os
@@ -43,11 +44,12 @@ class Logs:
         self.logger = open_logger(logger, out_dir, config, first_step if sizes else 0)
 
     def write(self, name, rows):
-        """Appends the objects to out_dir/<name>.jsonl; what is not finite becomes null."""
+        """Appends the objects to out_dir/<name>.jsonl; what is not finite becomes null. UserError where they cannot be."""
         if self.files:
             text = "".join(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-            self.files[name].write(text.encode())
-            self.files[name].flush()
+            with self.writing():
+                self.files[name].write(text.encode())
+                self.files[name].flush()
             if name != "skipped":
                 self.logger.write(name, rows)
 
@@ -60,10 +62,20 @@ class Logs:
 
     def sizes(self):
         """{name: bytes} of the files, once all that was written to them is on the disk."""
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
+        with self.writing():
+            for file in self.files.values():
+                file.flush()
+                os.fsync(file.fileno())
         return {name: file.tell() for name, file in self.files.items()}
+
+    @contextlib.contextmanager
+    def writing(self):
+        """UserError where the disk takes no more; what it took of a line is cut off when the run goes on."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"the logs in {self.out_dir} cannot be written ({error.strerror}); make room and go on from the "
+                            "newest checkpoint by --init_from=resume") from None
 
     def close(self):
         if self.logger is not None:

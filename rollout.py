@@ -39,14 +39,16 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, DynamicCache
 
 from configurator import UserError
-from distributed import gather_json, together
+from distributed import all_max, gather_json, together
 from model import Weights, encode_images, hub_name, load_config
+from watch import progress, running
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 MAX_BATCH_TOKENS = 65536  # HF: rows x (query + response) of one batch: bounds the KV cache (3.8 GB for 7B, bf16)
 IMAGES_IN_MEMORY = 32  # HF: images read, and encoded, before the next are
 MAX_SHARD_BYTES = 2 * 2**30  # vLLM: a weight sync writes files of about this size, and holds one of them in memory
 BAN = -100.0  # vLLM: the lowest logit bias it takes; e^-100 of a typical token's probability
+FOLDER = "nanomaye-weights-"  # vLLM: and its owner's pid, of the folders that a weight sync goes through
 OWNER = "NANOMAYE_ENGINE_OWNER"  # environment of the engine's processes: pid of the process they must not outlive
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
@@ -93,6 +95,12 @@ def open_engine(kind, model_dir, dtype, world, eos_ids, banned_ids, max_model_le
     raise UserError(f"rollout must be 'vllm' or 'hf', got {kind!r}")
 
 
+def check_alive(engine):
+    """UserError on all ranks if the process of an engine has died: for callers that have no run to save. A collective."""
+    if all_max(bool(engine.died)):
+        raise UserError(f"the engine's process died ({engine.died or 'on another node'}); out of memory?")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # HF: a decode loop over the model's own forward
 
@@ -122,7 +130,7 @@ def left_pad(rows, value):
 
 class HFEngine:
     """The transformers model itself, one unsharded copy in each process."""
-    died = False  # whether its process is gone: what generate gives then is to be thrown away
+    died = ""  # how its process ended, if it has one and that is gone: what generate gives then is to be thrown away
     interrupted = staticmethod(lambda: False)  # a run that may be told to stop sets it to what says so
 
     def __init__(self, model_dir, dtype, world, eos_ids, banned_ids, max_model_len, max_batch_tokens=MAX_BATCH_TOKENS):
@@ -197,6 +205,7 @@ class HFEngine:
             live = (lengths[row] == 0).nonzero()[:, 0]  # the one wait for the device in each step
             if not len(live):
                 break
+            progress()
             if self.interrupted():  # what there is comes back, and the caller throws it away
                 lengths[lengths == 0] = t + 1
                 break
@@ -229,8 +238,10 @@ class HFEngine:
 # vLLM: in a process of its own, owned by the node's first process
 
 class VLLMEngine:
-    """One vLLM per node. The leader (local rank 0) drives it; what fails there is raised on all the node's ranks."""
-    died = False
+    """One vLLM per node. The leader (local rank 0) drives it; what fails there is raised on all the node's ranks. That its
+    process dies raises nothing: generate and load_weights return at once from then on, with died set on all the node's
+    ranks, so that a run can leave a checkpoint before it ends."""
+    died = ""
     interrupted = staticmethod(lambda: False)  # as HFEngine's
 
     def __init__(self, model_dir, dtype, world, eos_ids, banned_ids, max_model_len, gpu_memory_utilization, seed):
@@ -241,14 +252,51 @@ class VLLMEngine:
         self.shapes = {name: tuple(file.get_slice(stored).get_shape())
                        for name, (file, stored) in Weights(model_dir).where.items()}
         self.tied = load_config(model_dir).tie_word_embeddings
-        self.leader, self.llm = world.local_rank == 0, None
+        self.leader, self.llm, self.processes = world.local_rank == 0, None, []
         with self.agreement():
             if self.leader:
+                before = set(multiprocessing.active_children())
                 self.llm = start_vllm(model_dir, dtype, engine_gpu(world), max_model_len, gpu_memory_utilization, seed)
+                self.processes = sorted(set(multiprocessing.active_children()) - before, key=lambda process: process.pid)
                 atexit.register(self.close)
 
     def agreement(self):
         return together(self.group, "vLLM's process: ")
+
+    def wait_for_vllm(self, act):
+        """What act() returns; None if vLLM's process is gone, or goes meanwhile: then died says how. On the leader. In a
+        thread, since vLLM (0.32.0) waits for ever for the outputs of a process that was killed."""
+        outcome = []  # (result, error)
+
+        def call():
+            try:
+                outcome.append((act(), None))
+            except Exception as error:
+                outcome.append((None, error))
+        if self.died:
+            return None
+        thread = threading.Thread(target=call, daemon=True, name="vllm")
+        thread.start()
+        while thread.is_alive() and not self.end_of_process():
+            thread.join(0.1)
+        result, error = outcome[0] if outcome else (None, None)
+        says_so = type(error).__name__ == "EngineDeadError"  # known before the process has ended
+        until = time.monotonic() + (10 if says_so else 1)
+        while error is not None and not self.end_of_process() and time.monotonic() < until:
+            time.sleep(0.1)
+        self.died = self.end_of_process() or says_so * "a part of it is gone"
+        if error is not None and not self.died:
+            raise error
+        return None if self.died else result
+
+    def end_of_process(self):
+        """How vLLM's process ended; '' while it runs."""
+        codes = [process.exitcode for process in self.processes if process.exitcode is not None]
+        return f"killed by signal {-codes[0]}" if codes and codes[0] < 0 else f"exit code {codes[0]}" if codes else ""
+
+    def tell_all(self):
+        """The node's ranks learn from the leader whether the process has died."""
+        self.died = gather_json(self.died, self.group)[0]
 
     def generate(self, dataset, indices, seeds, sampling):
         """A Completion for each of this rank's indices, in their order."""
@@ -256,8 +304,11 @@ class VLLMEngine:
         requests = gather_json([list(map(int, indices)), list(map(int, seeds))], self.group)
         counts = [len(i) for i, _ in requests]
         flat = [(i, s) for rank in requests for i, s in zip(*rank)]
+        outputs = []
         with self.agreement():
-            outputs = self.sample(dataset, flat, sampling) if self.leader else []
+            if self.leader:
+                outputs = self.wait_for_vllm(lambda: self.sample(dataset, flat, sampling)) or self.nothing(flat)
+        self.tell_all()
         # the leader's answer to all ranks, flat, as tensors: length and finish of each request, then ids and logprobs
         table = torch.tensor([[len(c.token_ids), c.finish_reason == "stop"] for c in outputs]
                              or [[0, 0]] * len(flat), dtype=torch.int64).reshape(len(flat), 2)
@@ -273,6 +324,10 @@ class VLLMEngine:
         rank = dist.get_rank(self.group)
         start = sum(counts[:rank])
         return completions[start:start + counts[rank]]
+
+    def nothing(self, requests):
+        """As many completions as requests; the caller throws them away."""
+        return [Completion([self.eos_ids[0]], [0.0], "stop")] * len(requests)
 
     def broadcast(self, tensor):
         if tensor.numel():
@@ -294,8 +349,9 @@ class VLLMEngine:
         completions, outputs = [None] * len(requests), []
         self.llm.enqueue(prompts, params, use_tqdm=False)
         while self.llm.llm_engine.has_unfinished_requests():  # LLM.generate, but for the next two lines
-            if self.interrupted():  # whatever comes back is thrown away by the caller
-                return [Completion([self.eos_ids[0]], [0.0], "stop")] * len(requests)
+            progress()
+            if self.interrupted():
+                return self.nothing(requests)
             outputs += [output for output in self.llm.llm_engine.step() if output.finished]
         for r, output in zip(order, sorted(outputs, key=lambda output: int(output.request_id))):
             i, out = requests[r][0], output.outputs[0]
@@ -338,7 +394,8 @@ class VLLMEngine:
                 if self.leader and sent:
                     self.check_whole(sent)
                     save_file(shard, folder / f"{len(sent):06d}.safetensors")
-                    self.swap(folder, sent)
+                    self.wait_for_vllm(lambda: self.swap(folder, sent))
+            self.tell_all()
         finally:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -382,7 +439,7 @@ def weights_folder(size):
     """A new folder for size bytes: in /dev/shm when it has room, else in the system's folder for temporary files."""
     memory = pathlib.Path("/dev/shm")
     fits = memory.is_dir() and shutil.disk_usage(memory).free > 1.2 * size
-    return pathlib.Path(tempfile.mkdtemp(prefix="nanomaye-weights-", dir=memory if fits else None))
+    return pathlib.Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir=memory if fits else None))
 
 
 def engine_gpu(world):
@@ -416,6 +473,8 @@ def start_vllm(model_dir, dtype, gpu, max_model_len, gpu_memory_utilization, see
         if name.startswith(TORCHRUN):
             del os.environ[name]  # else vLLM would take itself for one of torchrun's ranks
     os.environ[OWNER] = str(os.getpid())
+    # Python's tracker of shared memory frees what a killed engine leaves, and need not say so after our last word
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [saved.get("PYTHONWARNINGS"), "ignore:resource_tracker"]))
     os.environ |= {"TORCH_COMPILE_DISABLE": "1"} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
     try:
         from vllm import LLM
@@ -453,19 +512,14 @@ class WeightReceiver:
         return arrived
 
 
-def running(pid):
-    """Whether the process exists and is no zombie (Linux, as vLLM)."""
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
 def end_with(owner):
     """Ends this process of the engine, and the engine's process above it, soon after owner is gone, by kill -9 too:
     vLLM's own would stay and hold the GPU's memory."""
     while running(owner):
         time.sleep(0.5)
+    for memory in ("/dev/shm", tempfile.gettempdir()):
+        for folder in pathlib.Path(memory).glob(f"{FOLDER}{owner}-*"):
+            shutil.rmtree(folder, ignore_errors=True)  # weights that were on their way
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid != owner and parent.pid == os.getppid():
         os.kill(parent.pid, signal.SIGKILL)  # the engine's process, when this one is its worker

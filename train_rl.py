@@ -23,11 +23,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from batch import make_batch, microbatches, padded, parity, response_logprobs, select
-from checkpoint import (Stop, check_out_dir, find_checkpoint, leave, load_trainer, mine_of, pack_step, resumption,
+from checkpoint import (Stop, check_out_dir, check_room, find_checkpoint, leave, load_trainer, mine_of, pack_step, resumption,
                         save_checkpoint, unpack_updates)
 from configurator import UserError, check_at_least, configure, save_config
 from data import Dataset, load_processor, order, print_warnings
-from distributed import all_max, all_sum, end, gather_rows, now_at, start
+from distributed import all_max, all_sum, end, gather_rows, start
 from dryrun import show_plan
 from evaluate import EVALS, evaluate, show_table, some
 from health import Health
@@ -38,6 +38,7 @@ from reflection import metrics as reflection_metrics
 from reflection import tally
 from reward import format_reward, judge_batch, language_reward
 from rollout import Completion, Sampling, banned_token_ids, eos_token_ids, open_engine, request_seed
+from watch import now_at
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out/rl"  # config.py, metrics.jsonl, eval.jsonl, samples.jsonl and checkpoints/ go here
@@ -96,7 +97,7 @@ overwrite = False  # True starts anew in an out_dir that holds a run, which is l
 save_samples = 16  # responses of a step that go to samples.jsonl
 logger = "none"  # 'none', 'tensorboard' (out_dir/tensorboard) or 'wandb' (offline: set WANDB_MODE=offline)
 max_skipped_updates = 8  # stop when so many updates in a row were left out for a number that is not finite; 0 = never
-timeout_minutes = 120  # a process that waits for another (or for the engine) so long ends the run and says for whom
+timeout_minutes = 120.0  # no process gets any further for so long: the run ends and says who waits for whom
 max_logprob_diff = 0.1  # stop before step 1 when trainer and engine differ by more, nats per token on average
 dry_run = False  # True prints what the run would do and need, and exits
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ if __name__ == "__main__":
     check_at_least(config, 0, "max_steps", "eval_every_epochs", "save_every_steps", "save_samples", "learning_rate")
     if not (train_llm or train_connector or train_vit):
         raise UserError("config: nothing to train; set train_llm, train_connector or train_vit to True")
-    check_at_least(config, 0.01, "temperature")
+    check_at_least(config, 0.01, "temperature", "timeout_minutes")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % minibatch_size or minibatch_size % world_size:
         raise UserError("config: batch_size must be a multiple of minibatch_size, and that of the number of processes; "
@@ -273,9 +274,11 @@ if __name__ == "__main__":
                                                      time.monotonic())
     logs = Logs(out_dir, logger, config, state["files"], first_step, main)
     health = Health(logs.read("metrics"))
+    room = check_room(out_dir, folder, policy, visual, precision, keep_checkpoints)
     if main:
         save_config(config, f"{out_dir}/config.py")
-        print(*resumption(init_from, resumed, state, config, model), sep="\n", end="")
+        for line in [*resumption(init_from, resumed, state, config, model), *room]:
+            print(line)
         print(f"{len(train)} queries, {steps_per_epoch} steps an epoch, {steps} steps of {batch_size} responses and "
               f"{updates_per_step} updates; {sum(p.numel() for p in trained):,} parameters trained on "
               f"{world.world_size} processes")
@@ -287,6 +290,7 @@ if __name__ == "__main__":
         save_checkpoint(out_dir, step, policy, visual, folder, precision, world, optimizer, now | progress, keep_checkpoints)
 
     def evaluate_all(step):
+        now_at(f"step {step}: evaluation")
         before = logs.sizes()
         epoch = step // steps_per_epoch if step % steps_per_epoch == 0 else step / steps_per_epoch
         for split, dataset in datasets.items():
@@ -495,7 +499,7 @@ if __name__ == "__main__":
                       f"left {left}", *warnings, sep="\n", flush=True)
         done = step == steps
         if eval_every_epochs and (done or step % (steps_per_epoch * eval_every_epochs) == 0):
-            bar.set_description(now_at(f"step {step}: evaluation"))
+            bar.set_description(f"step {step}: evaluation")
             evaluate_all(step)
         number, minutes = stop.agreed(), all_max((time.monotonic() - t_saved) / 60)
         if (number or done or (save_every_steps and step % save_every_steps == 0)

@@ -15,7 +15,8 @@ import torch
 from tqdm import tqdm
 
 from batch import make_batch, microbatches, select
-from checkpoint import Stop, check_out_dir, find_checkpoint, leave, load_trainer, resumption, save_checkpoint
+from checkpoint import (Stop, check_out_dir, check_room, find_checkpoint, leave, load_trainer, resumption,
+                        save_checkpoint)
 from configurator import UserError, check_at_least, configure, save_config
 from data import Dataset, load_processor, order, print_warnings
 from distributed import all_max, all_sum, end, gather_rows, start
@@ -24,6 +25,7 @@ from logger import check_logger, shown, time_left
 from logs import Logs, finite
 from model import compute_dtype, gather_weights, learning_rate_at, load_config, load_policy, local_folder, peak_gb
 from rollout import banned_token_ids, eos_token_ids, open_engine
+from watch import now_at
 
 # ---------------------------------------------------------------------------------------------------------------------
 out_dir = "out/sft"  # config.py, metrics.jsonl, eval.jsonl, samples.jsonl and checkpoints/ go here
@@ -68,7 +70,7 @@ save_dtype = "auto"  # of the checkpoint's tensors: 'float32', 'bfloat16', or 'a
 save_samples = 16  # evaluation responses that go to samples.jsonl, of each split
 logger = "none"  # 'none', 'tensorboard' (out_dir/tensorboard) or 'wandb' (offline: set WANDB_MODE=offline)
 max_skipped_updates = 8  # stop when so many updates in a row were left out for a number that is not finite; 0 = never
-timeout_minutes = 120  # a process that waits for another (or for the engine) so long ends the run and says for whom
+timeout_minutes = 120.0  # no process gets any further for so long: the run ends and says who waits for whom
 log_every = 1  # updates between two printed lines; metrics.jsonl gets every update
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -83,6 +85,7 @@ if __name__ == "__main__":
     if not (train_llm or train_connector or train_vit):
         raise UserError("config: nothing to train; set train_llm, train_connector or train_vit to True")
     check_at_least(config, 1, "log_every")
+    check_at_least(config, 0.01, "timeout_minutes")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % world_size:
         raise UserError("config: batch_size must be a multiple of the number of processes, got "
@@ -123,9 +126,11 @@ if __name__ == "__main__":
         state = load_trainer(resumed, policy, optimizer, world)
     first_step, skipped_in_a_row, t_saved = state["step"] + 1, state["skipped_in_a_row"], time.monotonic()
     logs = Logs(out_dir, logger, config, state["files"], first_step, main)
+    room = check_room(out_dir, folder, policy, visual, save_precision, keep_checkpoints)
     if main:
         save_config(config, f"{out_dir}/config.py")
-        print(*resumption(init_from, resumed, state, config, model), sep="\n", end="")
+        for line in [*resumption(init_from, resumed, state, config, model), *room]:
+            print(line)
         print(f"{len(train)} rows, {steps_per_epoch} updates of {batch_size} rows an epoch, {steps} updates; "
               f"{sum(p.numel() for p in trained):,} parameters trained on {world.world_size} processes")
 
@@ -137,6 +142,7 @@ if __name__ == "__main__":
                         keep_checkpoints)
 
     def evaluate_all(step):
+        now_at(f"step {step}: evaluation")
         before = logs.sizes()
         epoch = step // steps_per_epoch if step % steps_per_epoch == 0 else step / steps_per_epoch
         engine.load_weights(gather_weights(policy, precision))
@@ -165,6 +171,7 @@ if __name__ == "__main__":
                disable=None if main else True)  # None: on a terminal
     for step in bar:
         t_start = time.perf_counter()
+        now_at(f"step {step}: update")
         epoch = (step - 1) // steps_per_epoch  # passes over the data that are finished
         # 1) the batch: row p of it belongs to rank p % world_size
         first = (step - 1) % steps_per_epoch * batch_size

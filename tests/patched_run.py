@@ -3,12 +3,15 @@
     NANOMAYE_HOOK=record:FILE python tests/patched_run.py --out_dir=...   # FILE gets the gradient of the first update
     NANOMAYE_HOOK=nan:2 python tests/patched_run.py --out_dir=...         # the second forward with gradients gives NaN
 
-and so on: see HOOKS; the number counts calls from 1, and 0 is every one of them.
+and so on: see HOOKS; the number counts calls from 1, and 0 is every one of them. raise, kill and hang are of the last rank.
 """
 import os
 import pathlib
 import runpy
+import signal
 import sys
+import threading
+import time
 
 import torch
 from safetensors.torch import save_file
@@ -18,8 +21,10 @@ sys.path.insert(0, str(ROOT))
 import model  # noqa: E402
 
 import reward  # noqa: E402
+import rollout  # noqa: E402
 
 clip, forward, step = torch.nn.utils.clip_grad_norm_, model.Policy.forward, torch.optim.AdamW.step
+sample = rollout.VLLMEngine.sample
 language_reward = reward.language_reward
 kind, argument = os.environ["NANOMAYE_HOOK"].split(":", 1)
 calls = 0
@@ -72,7 +77,37 @@ def left_out(self, *args, **kwargs):
     return None if hit() else step(self, *args, **kwargs)
 
 
-HOOKS = {"record": (torch.nn.utils, "clip_grad_norm_", recording_clip), "nan": (model.Policy, "forward", nan_logprobs),
+def failing(act):
+    def step_or_fail(self, *args, **kwargs):
+        if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1 and hit():
+            print(f"HOOK {time.time()}", flush=True)
+            act()
+        return step(self, *args, **kwargs)
+    return torch.optim.AdamW, "step", step_or_fail
+
+
+def boom():
+    raise ValueError("boom of the last rank")
+
+
+def while_sampling(number, pid=0):
+    """The signal, to vLLM's process or to the one with that pid, as vLLM is about to make the first tokens."""
+    def send(pid):
+        print(f"HOOK {time.time()}", flush=True)
+        os.kill(pid, number)
+
+    def sample_and_act(self, *args):
+        if hit():
+            threading.Timer(0.05, send, [pid or self.processes[0].pid]).start()
+        return sample(self, *args)
+    return rollout.VLLMEngine, "sample", sample_and_act
+
+
+HOOKS = {"raise": failing(boom), "kill": failing(lambda: os.kill(os.getpid(), signal.SIGKILL)),
+         "hang": failing(lambda: time.sleep(600)),
+         "stop": while_sampling(signal.SIGTERM, os.getpid()), "kill_engine": while_sampling(signal.SIGKILL),
+         "hang_engine": while_sampling(signal.SIGSTOP),
+         "record": (torch.nn.utils, "clip_grad_norm_", recording_clip), "nan": (model.Policy, "forward", nan_logprobs),
          "nan_old": (model.Policy, "forward", nan_old_logprobs), "nan_reward": (reward, "language_reward", nan_reward),
          "nan_gradient": (torch.nn.utils, "clip_grad_norm_", nan_gradient), "left_out": (torch.optim.AdamW, "step", left_out)}
 

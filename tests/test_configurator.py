@@ -246,8 +246,8 @@ def run(script, *argv, **environment):
 def test_a_user_error_is_one_line_and_status_2(script):
     for argv, environment, expected in [
             (['--lerning_rate=1'], {}, 'command line: unknown knob lerning_rate, did you mean learning_rate?\n'),
-            (['--run_name=user'], {}, 'bad row\n'),
-            (['--run_name=user'], {'RANK': '3'}, 'rank 3: bad row\n')]:
+            (['--run_name=user'], {}, 'bad\nrow\n'),                # of several bad rows each has a line
+            (['--run_name=user'], {'RANK': '3'}, 'rank 3: bad\nrow\n')]:
         done = run(script, *argv, **environment)
         assert (done.returncode, done.stderr) == (2, expected)
     crash = run(script, '--run_name=crash')

@@ -1,4 +1,4 @@
-"""VLLMEngine against vLLM itself, its CPU build: four engine starts in all, about 25 s each."""
+"""VLLMEngine against vLLM itself, its CPU build: seven engine starts in all, about 25 s each."""
 import json
 import os
 import pathlib
@@ -20,6 +20,8 @@ import data  # noqa: E402
 import distributed  # noqa: E402
 from evaluate import stored_weights  # noqa: E402
 from rollout import Sampling, VLLMEngine, banned_token_ids, eos_token_ids, hub_name, running  # noqa: E402
+from test_failures import END_S, run  # noqa: E402
+from test_resume import all_load, kept, same_files  # noqa: E402
 from test_rollout import expected_logprobs, full_logits, seeds  # noqa: E402
 from tiny import make_tiny  # noqa: E402
 
@@ -312,17 +314,44 @@ def test_two_ranks_share_one_engine(tiny_jsonl, tmp_path):
     assert "no parameter 'nonsense'" in a["errors"][0] and "no parameter 'nonsense'" in b["errors"][0]
 
 
-def test_a_run_of_two_ranks_keeps_engine_and_trainer_together(tiny_jsonl, tmp_path):
+KNOBS = ["--rollout=vllm", "--batch_size=8", "--minibatch_size=4", "--max_new_tokens=32", "--max_prompt_tokens=256",
+         "--max_steps=3", "--learning_rate=1e-2", "--no_eos_score=0", "--language_reward_coeff=1", "--eval_every_epochs=3"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(model_dir, tiny_jsonl, tmp_path_factory):
+    """(command, out_dir) of a run of train_rl.py: two ranks, three steps, an evaluation before and one after."""
+    out_dir = tmp_path_factory.mktemp("run")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_rl.py", *KNOBS,
+               f"--model={model_dir}", f"--train_data={tiny_jsonl}", f"--val_data={tiny_jsonl}"]
+    subprocess.run([*command, f"--out_dir={out_dir}"], cwd=ROOT, env=environment(), check=True, timeout=300)
+    return command, out_dir
+
+
+def test_a_run_of_two_ranks_keeps_engine_and_trainer_together(unbroken):
     """train_rl.py itself: sharded weights to vLLM after every step, and the same log-probabilities in both."""
-    folder = make_tiny(tmp_path / "tied", "qwen2_5_vl", tied=True, hidden=64)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_rl.py",
-                    f"--model={folder}", f"--train_data={tiny_jsonl}", f"--val_data={tiny_jsonl}", "--rollout=vllm",
-                    "--batch_size=8", "--minibatch_size=4", "--max_new_tokens=32", "--max_prompt_tokens=256",
-                    "--max_steps=3", "--learning_rate=1e-2", "--no_eos_score=0", "--language_reward_coeff=1",
-                    "--eval_every_epochs=3", f"--out_dir={tmp_path / 'out'}"],
-                   cwd=ROOT, env=environment(), check=True, timeout=300)
-    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (unbroken[1] / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["rollout/logprob_diff"] < 1e-4 for row in rows)
     assert rows[2]["rollout/kl"] > 1e-3, "the weights have moved, and the engine's with them"
-    assert len((tmp_path / "out" / "eval.jsonl").read_text().splitlines()) == 2 * 3
+    assert len((unbroken[1] / "eval.jsonl").read_text().splitlines()) == 2 * 3
+
+
+def test_a_run_whose_engine_dies_leaves_a_checkpoint_and_goes_on_as_if_it_never_had(unbroken, tmp_path):
+    """Killed while it samples for step 2; then, as the run goes on, the run is stopped while vLLM samples for step 3."""
+    command, theirs = unbroken
+    patched = [word.replace("train_rl.py", "tests/patched_run.py") for word in command] + [f"--out_dir={tmp_path}"]
+    # calls of sample: the parity check, three settings of the evaluation before step 1, steps 1 and 2
+    died = run(patched, "kill_engine:6", **environment())
+    assert died.status == 1 and died.seconds < END_S, died
+    assert died.last == ("step 2: 2) Response Collection: the engine's process died (killed by signal 9); --init_from=resume "
+                         "goes on"), died.output
+    assert died.output.count("engine's process died") == 1
+    assert kept(tmp_path) == ["step_000001"]
+    all_load(tmp_path)
+    stopped = run([*patched, "--init_from=resume"], "stop:3", **environment())  # the parity check, steps 2 and 3
+    assert "stopped by signal 15; --init_from=resume goes on" in stopped.output and stopped.seconds < END_S, stopped
+    assert kept(tmp_path) == ["step_000001", "step_000002"]
+    subprocess.run([*command, f"--out_dir={tmp_path}", "--init_from=resume"], cwd=ROOT, env=environment(), check=True,
+                   timeout=300)
+    same_files(tmp_path, theirs)
