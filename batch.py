@@ -70,7 +70,7 @@ def microbatches(lengths, max_tokens):
 
 
 @torch.no_grad()
-def response_logprobs(policy, batch, image_features, max_tokens, temperature):
+def response_logprobs(policy, batch, image_features, max_tokens, temperature, with_entropy=True):
     """logprobs (B, R) and entropy (B, R) of a whole Batch, micro-batch by micro-batch. A collective."""
     logprobs = torch.zeros(batch.response_mask.shape, device=batch.response_mask.device)
     entropy = torch.zeros_like(logprobs)
@@ -78,7 +78,7 @@ def response_logprobs(policy, batch, image_features, max_tokens, temperature):
         part = select(batch, rows)
         features = [image_features[i] for i in rows]
         new_logprobs, new_entropy = policy(part.query_responses, part.position_ids, part.attention_mask, features,
-                                           part.response_mask, temperature)
+                                           part.response_mask, temperature, with_entropy)
         if real:
             R = part.response_mask.shape[1]
             logprobs[rows, :R], entropy[rows, :R] = new_logprobs, new_entropy

@@ -10,9 +10,10 @@ FIRST = 5  # steps that say what is usual in this run
 class Health:
     """The metrics of a run so far; check() takes those of the next step."""
 
-    def __init__(self, metrics):
-        """metrics: the rows of the steps before, when a run goes on; what they would have warned of is not said again."""
-        self.rows, self.said = [], set()
+    def __init__(self, metrics, on_policy=True):
+        """metrics: the rows of the steps before, when a run goes on; what they would have warned of is not said again.
+        on_policy: whether trainer and engine should agree (with rollout_ahead=1 the engine is one update behind)."""
+        self.rows, self.said, self.on_policy = [], set(), on_policy
         for row in metrics:
             self.check(row)
 
@@ -31,8 +32,8 @@ class Health:
         clipped, accuracy, entropy = now.get("response/clip_ratio"), now.get("train/accuracy"), now.get("policy/entropy")
         difference, grad_norm = now.get("rollout/logprob_diff"), now.get("policy/grad_norm")
         if clipped is not None and clipped > 0.5:
-            yield "clipped", (f"{clipped:.0%} of the responses were cut at max_new_tokens and scored no_eos_score; read some "
-                              "in samples.jsonl: do they ramble or repeat, or do they need a larger max_new_tokens?")
+            yield "clipped", (f"{clipped:.0%} of the responses were cut at max_new_tokens; read some in samples.jsonl: "
+                              "do they ramble or repeat, or do they need a larger max_new_tokens?")
         if accuracy == 0:
             yield "none right", ("no response was right, so accuracy gives no signal; read some in samples.jsonl: is there a "
                                  "\\boxed{} with an answer, is judge/errors high, is the data too hard for the model?")
@@ -40,7 +41,7 @@ class Health:
             yield "all right", ("every response was right, so accuracy gives no signal; look at eval.jsonl: end the run, or "
                                 "give it harder problems")
         differences = self.series("rollout/logprob_diff")
-        if difference is not None and len(differences) > FIRST and difference > 0.01:
+        if self.on_policy and difference is not None and len(differences) > FIRST and difference > 0.01:
             usual = statistics.median(differences[:FIRST])
             if statistics.median(differences[-3:]) > 3 * usual:
                 yield "engine", (f"rollout/logprob_diff rose from {usual:.1e} to {difference:.1e}: the engine drifts away "

@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from configurator import UserError
@@ -35,27 +34,58 @@ PATCHES_PER_CHUNK = 1 << 14  # image patches that go through a frozen tower at o
 # ---------------------------------------------------------------------------------------------------------------------
 # log-probabilities without the (tokens, vocabulary) logits
 
-def logprobs_and_entropy(hidden, weight, targets, temperature, banned_ids):
-    """(n,) logprobs and (n,) entropy, float32, of one chunk. hidden (n, H), weight (V, H), targets (n,) int64.
-    banned_ids (a list) are outside the distribution, as they are in both engines. Entropy carries no gradient."""
-    logits = (hidden @ weight.T).float() / temperature  # (n, V)
-    if banned_ids:
-        logits[:, banned_ids] = torch.finfo(torch.float32).min  # not -inf: 0 * -inf in the entropy would be nan
-    normaliser = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
-    with torch.no_grad():
-        probs = (logits - normaliser[:, None]).exp_()
-        entropy = normaliser - probs.mul_(logits).sum(-1)  # H = log Z - E[logit]
-    return logprobs, entropy
+class HeadLogprobs(torch.autograd.Function):
+    """chunked_logprobs: forward drops the logits of a chunk of rows once they are used; backward makes them again and turns
+    them into their own gradient in place."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, banned_ids, with_entropy):
+        ctx.chunk = max(1, LOGITS_PER_CHUNK[hidden.device.type] // weight.shape[0])
+        ctx.temperature, ctx.banned_ids = temperature, banned_ids
+        normaliser = hidden.new_empty(len(hidden), dtype=torch.float32)
+        logprobs, entropy = torch.empty_like(normaliser), torch.zeros_like(normaliser)
+        for i in range(0, len(hidden), ctx.chunk):
+            rows = slice(i, i + ctx.chunk)
+            logits = HeadLogprobs.logits(ctx, hidden[rows], weight)
+            normaliser[rows] = logits.logsumexp(-1)
+            logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0] - normaliser[rows]
+            if with_entropy:
+                probs = (logits - normaliser[rows, None]).exp_()
+                entropy[rows] = normaliser[rows] - probs.mul_(logits).sum(-1)  # H = log Z - E[logit]
+        ctx.save_for_backward(hidden, weight, targets, normaliser)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def logits(ctx, hidden, weight):
+        """(n, V) float32 of one chunk."""
+        logits = (hidden @ weight.T).float().div_(ctx.temperature)
+        if ctx.banned_ids:
+            logits[:, ctx.banned_ids] = torch.finfo(torch.float32).min  # not -inf: 0 * -inf in the entropy would be nan
+        return logits
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets, normaliser = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(hidden), ctx.chunk):
+            rows = slice(i, i + ctx.chunk)
+            g = grad[rows, None] / ctx.temperature
+            logits = HeadLogprobs.logits(ctx, hidden[rows], weight)
+            d = logits.sub_(normaliser[rows, None]).exp_().mul_(-g)  # d logprob / d logit = [target] - p
+            d = d.scatter_add_(1, targets[rows, None], g).to(hidden.dtype)
+            grad_hidden[rows] = d @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(d.T, hidden[rows])
+        return grad_hidden, grad_weight, None, None, None, None
 
 
-def chunked_logprobs(hidden, weight, targets, temperature, banned_ids):
-    """The same over all N tokens, chunk by chunk: the logits of a chunk are made again in backward and dropped, so that
-    (N, V) never exists: for N = 2048 and V = 151,936 it would take over a GB, several times."""
-    rows = max(1, LOGITS_PER_CHUNK[hidden.device.type] // weight.shape[0])
-    chunks = [checkpoint(logprobs_and_entropy, h, weight, t, temperature, banned_ids, use_reentrant=False)
-              for h, t in zip(hidden.split(rows), targets.split(rows))]
-    return torch.cat([c[0] for c in chunks]), torch.cat([c[1] for c in chunks])
+def chunked_logprobs(hidden, weight, targets, temperature, banned_ids, with_entropy=True):
+    """(N,) logprobs and (N,) entropy, float32, of softmax(hidden W^T / temperature) at targets. hidden (N, H), weight (V, H),
+    targets (N,) int64. banned_ids (a list) are outside the distribution, as they are in both engines. Entropy carries no
+    gradient, and is 0 if not wanted. (N, V) never exists: for N = 2048 and V = 151,936 it would be over a GB."""
+    return HeadLogprobs.apply(hidden, weight, targets, temperature, banned_ids, with_entropy)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,8 +130,10 @@ class Policy(torch.nn.Module):
         self.banned_ids = list(banned_ids)
         self.rope_index = hf.model.get_rope_index  # reads the config only
 
-    def forward(self, input_ids, position_ids, attention_mask, image_features, response_mask, temperature):
-        """logprobs (B, R) and entropy (B, R), float32, of the response tokens; 0 where response_mask is False.
+    def forward(self, input_ids, position_ids, attention_mask, image_features, response_mask, temperature,
+                with_entropy=True):
+        """logprobs (B, R) and entropy (B, R), float32, of the response tokens; 0 where response_mask is False, and an entropy
+        that is not wanted is 0.
 
         input_ids (B, T) int64: queries, then R columns of responses; position_ids (3, B, T); attention_mask (B, T);
         image_features: a list of B tensors (tokens_i, H), or of B ImageInputs when the policy owns the tower;
@@ -110,15 +142,22 @@ class Policy(torch.nn.Module):
             image_features = encode_images(self.visual, image_features, max_patches=math.inf)
         R = response_mask.shape[1]
         head = self.language_model.embed_tokens if self.lm_head is None else self.lm_head
-        embeds = self.language_model.embed_tokens(input_ids)  # (B, T, H)
         slots = input_ids == self.image_token_id
         slots[:, -R:] = False  # features belong to the query; an image token in a response would be plain text
+        # rows move to the left edge. no token sees a later one, so padding on the right needs no attention mask, which
+        # would keep attention from its causal kernels; and no column is left that only lines queries up with responses
+        starts, lengths = attention_mask.argmax(1), attention_mask.sum(1)  # (B,)
+        columns = torch.arange(int(lengths.max()), device=input_ids.device) + starts[:, None]  # (B, L)
+        columns = columns.clamp_(max=input_ids.shape[1] - 1)  # behind a row's end: any token, never a query's
+        position_ids = position_ids.gather(2, columns.expand(3, -1, -1))
+        embeds = self.language_model.embed_tokens(input_ids.gather(1, columns))  # (B, L, H)
+        slots = slots.gather(1, columns)
         embeds = embeds.masked_scatter(slots[..., None], torch.cat(list(image_features)).to(embeds.dtype))
-        hidden = self.language_model(inputs_embeds=embeds, position_ids=position_ids, attention_mask=attention_mask,
-                                     use_cache=False).last_hidden_state  # (B, T, H)
-        hidden = hidden[:, -R - 1:-1][response_mask]  # (N, H): the state before a token predicts it
+        hidden = self.language_model(inputs_embeds=embeds, position_ids=position_ids, use_cache=False).last_hidden_state
+        row, r = response_mask.nonzero(as_tuple=True)
+        hidden = hidden[row, input_ids.shape[1] - R - starts[row] + r - 1]  # (N, H): the state before a token predicts it
         targets = input_ids[:, -R:][response_mask]  # (N,)
-        logprobs, entropy = chunked_logprobs(hidden, head.weight, targets, temperature, self.banned_ids)
+        logprobs, entropy = chunked_logprobs(hidden, head.weight, targets, temperature, self.banned_ids, with_entropy)
         rows = torch.zeros(response_mask.shape, dtype=torch.float32, device=hidden.device)
         return rows.masked_scatter(response_mask, logprobs), rows.masked_scatter(response_mask, entropy)
 

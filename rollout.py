@@ -5,7 +5,8 @@
     engine.load_weights(named_tensors)                                                # hub names, full tensors
 
 HFEngine: each process samples its own rows with its own unsharded copy of the model; right for small models.
-VLLMEngine: each node has one vLLM in a process of its own, on the GPU after the training ones (or vLLM's CPU build).
+VLLMEngine (rollout_vllm.py): each node has one vLLM in a process of its own, on the GPU after the training ones (or its CPU
+build).
 The node's first process owns it; the others send it indices and seeds and get token ids back. Every process can read
 the dataset, so no image travels.
 
@@ -17,9 +18,7 @@ seed of its own, so its tokens depend neither on the batch nor on the number of 
 Logprobs are those of the distribution at top_p 1, which training uses. With top_p below 1 vLLM renormalises them over
 the nucleus and HFEngine does not: they are then for reading only.
 """
-import atexit
 import hashlib
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -33,24 +32,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
-from transformers import AutoModelForImageTextToText, DynamicCache
+from transformers import AutoModelForImageTextToText
 
 from configurator import UserError
-from distributed import all_max, gather_json, together
-from model import Weights, encode_images, hub_name, load_config
+from decode import advance, empty_cache
+from distributed import all_max
+from model import encode_images, hub_name
 from watch import progress, running
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 MAX_BATCH_TOKENS = 65536  # HF: rows x (query + response) of one batch: bounds the KV cache (3.8 GB for 7B, bf16)
+PREFILL_TOKENS = 2048  # HF: query tokens that go through the model at once; more leave a CPU's caches
 IMAGES_IN_MEMORY = 32  # HF: images read, and encoded, before the next are
-MAX_SHARD_BYTES = 2 * 2**30  # vLLM: a weight sync writes files of about this size, and holds one of them in memory
-BAN = -100.0  # vLLM: the lowest logit bias it takes; e^-100 of a typical token's probability
 FOLDER = "nanomaye-weights-"  # vLLM: and its owner's pid, of the folders that a weight sync goes through
 OWNER = "NANOMAYE_ENGINE_OWNER"  # environment of the engine's processes: pid of the process they must not outlive
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
 
 class Sampling(NamedTuple):
@@ -91,6 +86,7 @@ def open_engine(kind, model_dir, dtype, world, eos_ids, banned_ids, max_model_le
     if kind == "hf":
         return HFEngine(model_dir, dtype, world, eos_ids, banned_ids, max_model_len)
     if kind == "vllm":
+        from rollout_vllm import VLLMEngine  # which imports this file
         return VLLMEngine(model_dir, dtype, world, eos_ids, banned_ids, max_model_len, gpu_memory_utilization, seed)
     raise UserError(f"rollout must be 'vllm' or 'hf', got {kind!r}")
 
@@ -102,7 +98,7 @@ def check_alive(engine):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# HF: a decode loop over the model's own forward
+# HF: a decode loop over the model's own weights
 
 def draw(logits, uniforms, banned_ids, temperature, top_p):
     """One token a row by inverse CDF, and its logprob before top_p. logits (B, V), uniforms (B,) float64 in [0, 1)
@@ -110,12 +106,13 @@ def draw(logits, uniforms, banned_ids, temperature, top_p):
     logits = logits.float() / temperature
     logits[:, banned_ids] = -torch.inf
     logprobs = logits.log_softmax(-1)
-    probs = logprobs.double().exp()
+    probs = logprobs.exp()
     if top_p < 1:
+        probs = probs.double()
         largest, order = probs.sort(dim=-1, descending=True, stable=True)
         largest[largest.cumsum(-1) - largest >= top_p] = 0  # a token stays if those before it have less than top_p
         probs = torch.zeros_like(probs).scatter_(-1, order, largest)
-    cdf = probs.cumsum(-1)
+    cdf = probs.cumsum(-1, dtype=torch.float64)
     # the first id whose cdf exceeds the uniform: never one of probability 0. float32 sums differ by 1e-7 between batch
     # shapes; only a uniform that close to a step of the cdf could make another token of that
     tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[1] - 1)
@@ -130,6 +127,7 @@ def left_pad(rows, value):
 
 class HFEngine:
     """The transformers model itself, one unsharded copy in each process."""
+    busy = False  # whether it samples on its own: only vLLM, in its own process, can
     died = ""  # how its process ended, if it has one and that is gone: what generate gives then is to be thrown away
     interrupted = staticmethod(lambda: False)  # a run that may be told to stop sets it to what says so
 
@@ -143,10 +141,11 @@ class HFEngine:
         self.parameters = {hub_name(name): p for name, p in self.model.named_parameters(remove_duplicate=False)}
 
     @torch.no_grad()
-    def generate(self, dataset, indices, seeds, sampling):
-        """A Completion for each of indices, in their order. Logprobs are those before top_p."""
+    def generate(self, dataset, indices, seeds, sampling, inputs=()):
+        """A Completion for each of indices, in their order. Logprobs are those before top_p.
+        inputs: dataset.inputs of each of indices from a caller who has read them, so that no image is read twice."""
         assert len(indices) == len(seeds), f"{len(indices)=} {len(seeds)=}"
-        images = self.encode(dataset, sorted(set(indices)))
+        images = self.encode(dataset, sorted(set(indices)), dict(zip(indices, inputs)))
         # longest first: rows of one batch are about equally long, and what does not fit shows at once
         queue = sorted(range(len(indices)), key=lambda r: (-len(images[indices[r]][0]), indices[r], r))
         completions = [None] * len(indices)
@@ -159,12 +158,12 @@ class HFEngine:
                 completions[r] = completion
         return completions
 
-    def encode(self, dataset, indices):
+    def encode(self, dataset, indices, read):
         """{index: (query_ids, grid_thw (1, 3), features (tokens, hidden))}: the tower runs once per image, however many
-        responses it gets. Only the features stay in memory, not the pixels."""
+        responses it gets. Only the features stay in memory, not the pixels. read: {index: Inputs} of those at hand."""
         encoded = {}
         for start in range(0, len(indices), IMAGES_IN_MEMORY):
-            chunk = [(i, dataset.inputs(i)) for i in indices[start:start + IMAGES_IN_MEMORY]]
+            chunk = [(i, read.get(i) or dataset.inputs(i)) for i in indices[start:start + IMAGES_IN_MEMORY]]
             features = encode_images(self.model.model.visual, [inputs for _, inputs in chunk])
             encoded |= {i: (inputs.query_ids, inputs.grid_thw, f) for (i, inputs), f in zip(chunk, features)}
         return encoded
@@ -188,16 +187,23 @@ class HFEngine:
         embeds = embeds.masked_scatter(is_image[..., None], torch.cat(features).to(embeds.dtype))
         position = positions.amax((0, 2)) + 1  # (B,) of the next token, the same in all three M-RoPE rows
 
-        cache = DynamicCache()
-        tokens = torch.full((len(rows), n), pad_id, device=self.device)
-        logprobs = torch.zeros((len(rows), n), device=self.device)
+        text, (B, Q) = self.model.model.language_model, input_ids.shape
+        hide = torch.finfo(embeds.dtype).min  # not -inf: padding before a row's first token sees nothing else, and no nan
+        bias = embeds.new_zeros(B, 1, 1, Q + n)
+        bias[:, 0, 0, :Q].masked_fill_(mask == 0, hide)
+        causal = embeds.new_full((Q, Q), hide).triu(1)
+        cache, few = empty_cache(text, B, Q + n), max(1, PREFILL_TOKENS // Q)
+        hidden = torch.cat([  # (B, H) of the last query token
+            advance(text, embeds[part], positions[:, part], torch.minimum(bias[part, ..., :Q], causal),
+                    [kv[:, part] for kv in cache], 0) for part in (slice(i, i + few) for i in range(0, B, few))])
+
+        tokens = torch.full((B, n), pad_id, device=self.device)
+        logprobs = torch.zeros((B, n), device=self.device)
         limits = torch.tensor(limits, device=self.device)
         lengths = torch.zeros_like(limits)  # 0 until a row has ended
-        row = torch.arange(len(rows), device=self.device)  # which of rows each line of the shrinking batch is
-        step = dict(inputs_embeds=embeds, position_ids=positions)
+        row = torch.arange(B, device=self.device)  # which of rows each line of the shrinking batch is
         for t in range(n):
-            output = self.model(**step, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            token, logprob = draw(output.logits[:, -1], uniforms[row, t], self.banned_ids, sampling.temperature,
+            token, logprob = draw(self.model.lm_head(hidden), uniforms[row, t], self.banned_ids, sampling.temperature,
                                   sampling.top_p)
             tokens[row, t], logprobs[row, t] = token, logprob
             ends = (torch.isin(token, self.eos_ids) | (t + 1 == limits[row])) & (lengths[row] == 0)
@@ -210,10 +216,11 @@ class HFEngine:
                 lengths[lengths == 0] = t + 1
                 break
             if len(live) <= 0.75 * len(row):  # ended rows leave the batch and the cache; a few are cheaper to keep
-                cache.batch_select_indices(live)
-                row, mask, token, position = row[live], mask[live], token[live], position[live]
-            mask = torch.cat([mask, mask.new_ones(len(row), 1)], 1)
-            step = dict(input_ids=token[:, None], position_ids=position.expand(3, -1)[..., None])
+                for i, kv in enumerate(cache):  # one layer at a time: no second cache in memory
+                    cache[i] = kv[:, live]
+                row, bias, token, position = row[live], bias[live], token[live], position[live]
+            hidden = advance(text, text.embed_tokens(token[:, None]), position.expand(3, -1)[..., None],
+                             bias[..., :Q + t + 1], cache, Q + t)
             position = position + 1
         last = tokens.gather(1, lengths[:, None] - 1)[:, 0]
         return [Completion(ids[:length], lps[:length], "stop" if stop else "length") for ids, lps, length, stop in
@@ -235,282 +242,7 @@ class HFEngine:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# vLLM: in a process of its own, owned by the node's first process
-
-class VLLMEngine:
-    """One vLLM per node. The leader (local rank 0) drives it; what fails there is raised on all the node's ranks. That its
-    process dies raises nothing: generate and load_weights return at once from then on, with died set on all the node's
-    ranks, so that a run can leave a checkpoint before it ends."""
-    died = ""
-    interrupted = staticmethod(lambda: False)  # as HFEngine's
-
-    def __init__(self, model_dir, dtype, world, eos_ids, banned_ids, max_model_len, gpu_memory_utilization, seed):
-        if importlib.util.find_spec("vllm") is None:
-            raise UserError("rollout=vllm: vLLM is not installed here; pip install -r requirements-vllm.txt on a GPU "
-                            "machine, or use --rollout=hf")
-        self.group, self.dtype, self.eos_ids, self.banned_ids = world.node_group, dtype, eos_ids, banned_ids
-        self.shapes = {name: tuple(file.get_slice(stored).get_shape())
-                       for name, (file, stored) in Weights(model_dir).where.items()}
-        self.tied = load_config(model_dir).tie_word_embeddings
-        self.leader, self.llm, self.processes = world.local_rank == 0, None, []
-        with self.agreement():
-            if self.leader:
-                before = set(multiprocessing.active_children())
-                self.llm = start_vllm(model_dir, dtype, engine_gpu(world), max_model_len, gpu_memory_utilization, seed)
-                self.processes = sorted(set(multiprocessing.active_children()) - before, key=lambda process: process.pid)
-                atexit.register(self.close)
-
-    def agreement(self):
-        return together(self.group, "vLLM's process: ")
-
-    def wait_for_vllm(self, act):
-        """What act() returns; None if vLLM's process is gone, or goes meanwhile: then died says how. On the leader. In a
-        thread, since vLLM (0.32.0) waits for ever for the outputs of a process that was killed."""
-        outcome = []  # (result, error)
-
-        def call():
-            try:
-                outcome.append((act(), None))
-            except Exception as error:
-                outcome.append((None, error))
-        if self.died:
-            return None
-        thread = threading.Thread(target=call, daemon=True, name="vllm")
-        thread.start()
-        while thread.is_alive() and not self.end_of_process():
-            thread.join(0.1)
-        result, error = outcome[0] if outcome else (None, None)
-        says_so = type(error).__name__ == "EngineDeadError"  # known before the process has ended
-        until = time.monotonic() + (10 if says_so else 1)
-        while error is not None and not self.end_of_process() and time.monotonic() < until:
-            time.sleep(0.1)
-        self.died = self.end_of_process() or says_so * "a part of it is gone"
-        if error is not None and not self.died:
-            raise error
-        return None if self.died else result
-
-    def end_of_process(self):
-        """How vLLM's process ended; '' while it runs."""
-        codes = [process.exitcode for process in self.processes if process.exitcode is not None]
-        return f"killed by signal {-codes[0]}" if codes and codes[0] < 0 else f"exit code {codes[0]}" if codes else ""
-
-    def tell_all(self):
-        """The node's ranks learn from the leader whether the process has died."""
-        self.died = gather_json(self.died, self.group)[0]
-
-    def generate(self, dataset, indices, seeds, sampling):
-        """A Completion for each of this rank's indices, in their order."""
-        assert len(indices) == len(seeds), f"{len(indices)=} {len(seeds)=}"
-        requests = gather_json([list(map(int, indices)), list(map(int, seeds))], self.group)
-        counts = [len(i) for i, _ in requests]
-        flat = [(i, s) for rank in requests for i, s in zip(*rank)]
-        outputs = []
-        with self.agreement():
-            if self.leader:
-                outputs = self.wait_for_vllm(lambda: self.sample(dataset, flat, sampling)) or self.nothing(flat)
-        self.tell_all()
-        # the leader's answer to all ranks, flat, as tensors: length and finish of each request, then ids and logprobs
-        table = torch.tensor([[len(c.token_ids), c.finish_reason == "stop"] for c in outputs]
-                             or [[0, 0]] * len(flat), dtype=torch.int64).reshape(len(flat), 2)
-        self.broadcast(table)
-        total = int(table[:, 0].sum())
-        ids = torch.tensor([t for c in outputs for t in c.token_ids] or [0] * total, dtype=torch.int64)
-        logprobs = torch.tensor([x for c in outputs for x in c.logprobs] or [0] * total, dtype=torch.float32)
-        self.broadcast(ids)
-        self.broadcast(logprobs)
-        lengths = table[:, 0].tolist()
-        completions = [Completion(i.tolist(), x.tolist(), "stop" if stop else "length") for i, x, stop in
-                       zip(ids.split(lengths), logprobs.split(lengths), table[:, 1].tolist())] if flat else []
-        rank = dist.get_rank(self.group)
-        start = sum(counts[:rank])
-        return completions[start:start + counts[rank]]
-
-    def nothing(self, requests):
-        """As many completions as requests; the caller throws them away."""
-        return [Completion([self.eos_ids[0]], [0.0], "stop")] * len(requests)
-
-    def broadcast(self, tensor):
-        if tensor.numel():
-            dist.broadcast(tensor, dist.get_global_rank(self.group, 0), group=self.group)
-
-    def sample(self, dataset, requests, sampling):
-        """Completions for requests of (index, seed), on the leader."""
-        from vllm import SamplingParams
-        common = dict(temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_new_tokens,
-                      top_k=0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
-                      ignore_eos=True, stop_token_ids=self.eos_ids, logit_bias={i: BAN for i in self.banned_ids},
-                      logprobs=0, detokenize=False)  # logprobs=0: of the sampled token alone
-        inputs = {i: dataset.inputs(i)._replace(pixel_values=None) for i in sorted({i for i, _ in requests})}
-        # requests for one image side by side: its features are computed once
-        order = sorted(range(len(requests)), key=lambda r: (requests[r][0], r))
-        prompts = [{"prompt": inputs[i].prompt, "multi_modal_data": {"image": inputs[i].image}}
-                   for i, _ in (requests[r] for r in order)]
-        params = [SamplingParams(seed=requests[r][1], **common) for r in order]
-        completions, outputs = [None] * len(requests), []
-        self.llm.enqueue(prompts, params, use_tqdm=False)
-        while self.llm.llm_engine.has_unfinished_requests():  # LLM.generate, but for the next two lines
-            progress()
-            if self.interrupted():
-                return self.nothing(requests)
-            outputs += [output for output in self.llm.llm_engine.step() if output.finished]
-        for r, output in zip(order, sorted(outputs, key=lambda output: int(output.request_id))):
-            i, out = requests[r][0], output.outputs[0]
-            if output.prompt_token_ids != inputs[i].query_ids:
-                raise ValueError(f"sample {i}: vLLM's prompt is not the trainer's (image size, chat template?): "
-                                 f"{len(output.prompt_token_ids)} ids {output.prompt_token_ids} against "
-                                 f"{len(inputs[i].query_ids)} ids {inputs[i].query_ids}")
-            if out.finish_reason not in ("stop", "length"):
-                raise RuntimeError(f"sample {i}: vLLM ended a response with {out.finish_reason!r}")
-            ids = list(out.token_ids)
-            completions[r] = Completion(ids, [lp[t].logprob for t, lp in zip(ids, out.logprobs)], out.finish_reason)
-        return completions
-
-    def load_weights(self, named_tensors):
-        """New weights by way of safetensors files in memory (/dev/shm) or on disk. Raises unless each tensor given is
-        known, has its shape, and was taken by vLLM's loader. A frozen part is left out, a module is given whole."""
-        error, folder, sent, shard, room = None, None, [], {}, MAX_SHARD_BYTES
-        size = sum(torch.Size(s).numel() for s in self.shapes.values()) * self.dtype.itemsize
-        try:
-            for name, tensor in named_tensors:  # a collective: run to its end on every rank, whatever happens here
-                sent.append(name)
-                if not self.leader or error is not None:
-                    continue
-                try:
-                    folder = folder or weights_folder(size)
-                    self.check_tensor(name, tensor)
-                    if self.tied and name == "lm_head.weight":
-                        continue  # the embedding again
-                    # a copy: the iterator may reuse its buffer
-                    shard[name] = tensor.detach().to("cpu", self.dtype, copy=True).contiguous()
-                    room -= shard[name].nbytes
-                    if room <= 0:
-                        save_file(shard, folder / f"{len(sent):06d}.safetensors")
-                        shard, room = {}, MAX_SHARD_BYTES
-                except Exception as e:
-                    error = e
-            with self.agreement():
-                if error is not None:
-                    raise error
-                if self.leader and sent:
-                    self.check_whole(sent)
-                    save_file(shard, folder / f"{len(sent):06d}.safetensors")
-                    self.wait_for_vllm(lambda: self.swap(folder, sent))
-            self.tell_all()
-        finally:
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def check_tensor(self, name, tensor):
-        stored = "model.embed_tokens.weight" if self.tied and name == "lm_head.weight" else name
-        if stored not in self.shapes:
-            raise ValueError(f"load_weights: the model has no parameter {name!r}")
-        if tuple(tensor.shape) != self.shapes[stored]:
-            raise ValueError(f"load_weights: {name} is {tuple(tensor.shape)}, the model's is {self.shapes[stored]}")
-
-    def check_whole(self, sent):
-        """vLLM fuses q, k and v, gate and up: were one of them missing, it would fill its place with noise."""
-        def block(name):
-            return name.rsplit(".", 2)[0]
-        blocks = {block(name) for name in sent}
-        missing = sorted(name for name in self.shapes if block(name) in blocks and name not in set(sent))
-        if missing:
-            raise ValueError(f"load_weights: {len(missing)} tensors are missing, such as {missing[0]}")
-
-    def swap(self, folder, sent):
-        """The engine takes the files; everything computed from the old weights is dropped."""
-        if self.tied and "model.embed_tokens.weight" in sent:
-            sent = [*sent, "lm_head.weight"]  # vLLM's CPU build packs a copy of the head: without its name it stays old
-        arrived, = self.llm.collective_rpc("receive_weights", args=(str(folder), self.tied))
-        if set(arrived) != set(sent):
-            raise RuntimeError(f"load_weights: not all weights arrived in vLLM: {sorted(set(sent) ^ set(arrived))}")
-        self.llm.llm_engine.reset_mm_cache()
-        self.llm.llm_engine.reset_encoder_cache()
-        self.llm.reset_prefix_cache()
-
-    def close(self):
-        """Ends the engine's process. Safe to call twice."""
-        llm, self.llm = self.llm, None
-        if llm is not None:
-            atexit.unregister(self.close)
-            llm.llm_engine.engine_core.shutdown(timeout=30)
-
-
-def weights_folder(size):
-    """A new folder for size bytes: in /dev/shm when it has room, else in the system's folder for temporary files."""
-    memory = pathlib.Path("/dev/shm")
-    fits = memory.is_dir() and shutil.disk_usage(memory).free > 1.2 * size
-    return pathlib.Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir=memory if fits else None))
-
-
-def engine_gpu(world):
-    """CUDA_VISIBLE_DEVICES for the engine: the GPU after the node's training processes; None on CPU."""
-    if world.device.type == "cpu":
-        return None
-    count = torch.cuda.device_count()
-    if count <= world.local_world_size:
-        raise UserError(f"rollout=vllm needs a GPU for vLLM after the {world.local_world_size} that train, but {count} "
-                        "can be seen; lower torchrun's --nproc_per_node or use --rollout=hf")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
-    return visible.split(",")[world.local_world_size]
-
-
-def start_vllm(model_dir, dtype, gpu, max_model_len, gpu_memory_utilization, seed):
-    """A vllm.LLM whose engine's processes end when this one does. gpu None: vLLM's CPU build."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings fill a page at each start; none asks for action
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"  # it would report to its makers
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"], os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "1", "spawn"
-    settings = dict(gpu_memory_utilization=gpu_memory_utilization)
-    if gpu is None:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
-        # eager, and TORCH_COMPILE_DISABLE below: compiling takes 20 s and a C++ compiler. No prompt in pieces: the CPU
-        # build then fails on a request with a seed ("CPU Generator does not use offset")
-        settings = dict(enforce_eager=True, enable_chunked_prefill=False,
-                        max_num_batched_tokens=max(8192, max_model_len))
-    image = json.loads((pathlib.Path(model_dir) / "preprocessor_config.json").read_text(encoding="utf-8"))
-    factor = (image.get("patch_size", 14) * image.get("merge_size", 2)) ** 2  # pixels per image token
-    saved = dict(os.environ)
-    for name in saved:
-        if name.startswith(TORCHRUN):
-            del os.environ[name]  # else vLLM would take itself for one of torchrun's ranks
-    os.environ[OWNER] = str(os.getpid())
-    # Python's tracker of shared memory frees what a killed engine leaves, and need not say so after our last word
-    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [saved.get("PYTHONWARNINGS"), "ignore:resource_tracker"]))
-    os.environ |= {"TORCH_COMPILE_DISABLE": "1"} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-    try:
-        from vllm import LLM
-        return LLM(
-            model_dir, dtype=str(dtype).removeprefix("torch."), seed=seed, max_model_len=max_model_len, **settings,
-            generation_config="vllm",  # not the checkpoint's: it may hold a repetition penalty
-            logprobs_mode="processed_logprobs",  # after temperature and bans
-            limit_mm_per_prompt={"image": 1, "video": 0}, mm_processor_cache_gb=1, enable_prefix_caching=False,
-            # images come at their final size: any bounds that let them through as they are
-            mm_processor_kwargs=dict(size=dict(shortest_edge=factor, longest_edge=factor * max_model_len)),
-            worker_extension_cls="rollout.WeightReceiver", use_tqdm_on_load=False)
-    finally:
-        os.environ.clear()  # vLLM sets some of its own as well
-        os.environ.update(saved)
-
-
-class WeightReceiver:
-    """Added to vLLM's worker, in the engine's process."""
-
-    def receive_weights(self, folder, tied):
-        """Loads every tensor in folder; the hub names of those that vLLM's loader has taken."""
-        arrived = []
-
-        def tensors():
-            for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
-                with safe_open(path, "pt") as file:
-                    for name in file.keys():
-                        names = [name]
-                        if tied and name == "model.embed_tokens.weight":
-                            names = [name, "lm_head.weight"]
-                        for alias in names:
-                            yield alias, file.get_tensor(name)
-                            arrived.append(alias)  # it asked for the next one: this one is in
-        self.reload_weights(weights_iterator=tensors())
-        return arrived
-
+# vLLM's processes (rollout_vllm.py) import this file, by way of the main script: they must not outlive it
 
 def end_with(owner):
     """Ends this process of the engine, and the engine's process above it, soon after owner is gone, by kill -9 too:

@@ -56,6 +56,8 @@ rollout = "vllm"  # 'vllm' (the GPU after the training ones, or its CPU build) o
 temperature = 1.0  # divides the logits in the sampler and in the loss alike
 max_new_tokens = 2048  # tokens of a response at most; a longer one ends without EOS
 gpu_memory_utilization = 0.8  # fraction of its GPU that vLLM takes (paper)
+rollout_ahead = 0  # 1: vLLM samples the next batch while this one is trained on, with weights one step old (see tis_clip)
+tis_clip = 2.0  # rollout_ahead: bound of the weights p(policy) / p(sampler) that correct for the old sampler
 # length of the run
 epochs = 30  # passes over the training queries
 max_steps = 0  # generation steps of the run; 0 = all epochs
@@ -187,7 +189,8 @@ def minibatch_gradient(policy, trajectory, advantages, minibatch, responses, tok
         R = part.response_mask.shape[1]
         logprobs = trajectory.logprobs[rows, :R]
         new_logprobs, _ = policy(part.query_responses, part.position_ids, part.attention_mask,
-                                 [trajectory.image_features[i] for i in rows], part.response_mask, temperature)
+                                 [trajectory.image_features[i] for i in rows], part.response_mask, temperature,
+                                 with_entropy=False)
         pg_loss, kl_loss, ratio, clipped = policy_loss(new_logprobs, logprobs, trajectory.ref_logprobs[rows, :R],
                                                        advantages[rows, :R], clip_low, clip_high)
         weights = loss_weights(part.response_mask, loss_agg, responses, tokens) * real
@@ -224,6 +227,9 @@ if __name__ == "__main__":
     if batch_size % minibatch_size or minibatch_size % world_size:
         raise UserError("config: batch_size must be a multiple of minibatch_size, and that of the number of processes; "
                         f"got {batch_size=} {minibatch_size=} {world_size=}")
+    if rollout_ahead not in (0, 1) or (rollout_ahead and rollout != "vllm"):
+        raise UserError(f"config: rollout_ahead must be 0, or 1 with rollout='vllm' (the other engine samples in the process "
+                        f"that trains), got {rollout_ahead} with {rollout!r}")
     if loss_agg not in ("seq_mean", "token_mean"):
         raise UserError(f"config: loss_agg must be 'seq_mean' or 'token_mean', got {loss_agg!r}")
     updates_per_step = batch_size // minibatch_size * ppo_epochs
@@ -267,13 +273,13 @@ if __name__ == "__main__":
 
     # how far the run is; within: the responses of a step that it was stopped within, between two updates
     state = {"step": 0, "update": 0, "skipped_in_a_row": 0, "evaluated": False, "best": None, "files": {},
-             "within": None}
+             "within": None, "early": None}
     if resumed:
         state = load_trainer(resumed, policy, optimizer, world)
     first_step, update, skipped_in_a_row, t_saved = (state["step"] + 1, state["update"], state["skipped_in_a_row"],
                                                      time.monotonic())
     logs = Logs(out_dir, logger, config, state["files"], first_step, main)
-    health = Health(logs.read("metrics"))
+    health = Health(logs.read("metrics"), on_policy=not rollout_ahead)
     room = check_room(out_dir, folder, policy, visual, precision, keep_checkpoints)
     if main:
         save_config(config, f"{out_dir}/config.py")
@@ -283,15 +289,33 @@ if __name__ == "__main__":
               f"{updates_per_step} updates; {sum(p.numel() for p in trained):,} parameters trained on "
               f"{world.world_size} processes")
 
+    def queries(step):
+        """The rows of the step that are this rank's, a function of (seed, epoch), and the seeds of their requests. Row p of
+        the step belongs to rank p % world_size: no minibatch depends on the ranks."""
+        epoch, batch = divmod(step - 1, steps_per_epoch)
+        rows = mine_of(order(len(train), seed, epoch)[batch * batch_size:][:batch_size], world)
+        return rows, [request_seed(seed, step, train.samples[i].id, 0) for i in rows]
+
+    def land():
+        """Brings in the batch that is being sampled ahead: then the engine is free, and a checkpoint can hold the batch."""
+        global early
+        if engine.busy:
+            early = engine.collect()
+
     def save(step, **progress):
         """Leaves a checkpoint of the run after so many steps, from which it can go on."""
+        land()
         now = {"update": update, "skipped_in_a_row": skipped_in_a_row, "evaluated": True, "best": state["best"],
-               "files": logs.sizes(), "config": config, "within": None}
+               "files": logs.sizes(), "config": config, "within": None,
+               "early": early and not engine.died and gather_rows([list(completion) for completion in early])}
         save_checkpoint(out_dir, step, policy, visual, folder, precision, world, optimizer, now | progress, keep_checkpoints)
 
     def evaluate_all(step):
         now_at(f"step {step}: evaluation")
         before = logs.sizes()
+        if rollout_ahead:
+            land()
+            engine.load_weights(gather_weights(policy, precision))
         epoch = step // steps_per_epoch if step % steps_per_epoch == 0 else step / steps_per_epoch
         for split, dataset in datasets.items():
             rows, samples = evaluate(engine, dataset, tokenizer, max_new_tokens, seed, world, EVALS)
@@ -326,6 +350,7 @@ if __name__ == "__main__":
         print(f"nothing left to do: {first_step - 1} of {steps} steps are done; more by --epochs or --max_steps")
 
     t_loop, within = time.perf_counter(), state["within"]
+    early = state["early"] and [Completion(*row) for row in mine_of(state["early"], world)]  # of the step to come, or None
     bar = tqdm(range(first_step, steps + 1), initial=first_step - 1, total=steps, smoothing=0, dynamic_ncols=True,
                disable=None if main else True)  # None: on a terminal
     for step in bar:
@@ -333,26 +358,32 @@ if __name__ == "__main__":
         epoch = (step - 1) // steps_per_epoch  # passes over the data that are finished
 
         # 1) Data Flow ------------------------------------------------------------------------------------------------
-        # in: the step's queries, a function of (seed, epoch). out: token ids with image placeholders, pixels and grids
-        # of this rank's rows. row p of the step belongs to rank p % world_size: no minibatch depends on the ranks.
+        # in: the step's queries. out: token ids with image placeholders, pixels and grids of this rank's rows.
         bar.set_description(now_at(f"step {step}: 1) Data Flow"))
-        first = (step - 1) % steps_per_epoch * batch_size
-        batch_rows = order(len(train), seed, epoch)[first:first + batch_size]  # of all ranks
-        mine = batch_rows[world.rank::world.world_size]
+        mine, seeds = queries(step)
         inputs = [train.inputs(i) for i in mine]
 
         # 2) Response Collection --------------------------------------------------------------------------------------
         # in: this rank's rows. out: one response to each, as token ids with the engine's log-probabilities.
         # ids go into training as they are: decoded and tokenised again they could be others.
         bar.set_description(now_at(f"step {step}: 2) Response Collection"))
-        seeds = [request_seed(seed, step, train.samples[i].id, 0) for i in mine]
+        t_wait = time.perf_counter()
         if within:
             completions = [Completion(*row) for row in mine_of(within["completions"], world)]
         else:
-            completions = engine.generate(train, mine, seeds, sampling)
-            if number := stop.agreed():  # what was sampled is thrown away: the run after the step before is what counts
+            land()
+            ahead, early = early, None
+            completions = ahead or engine.generate(train, mine, seeds, sampling, inputs)
+            if number := stop.agreed():  # a batch that was cut short is sampled again: the run after the step before counts
+                early = ahead
                 save(step - 1)
                 leave(number, engine, logs, f"step {step}: 2) Response Collection")
+        t_wait = time.perf_counter() - t_wait
+        if rollout_ahead and step < steps and not early:
+            # the engine samples the next batch while this one is trained on, with the weights that it gets here: those of
+            # the last update. what it sampled is then one update step old, and corrected for below
+            engine.load_weights(gather_weights(policy, precision))
+            engine.start(train, *queries(step + 1), sampling)
         responses = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
         t_rollout = time.perf_counter()
 
@@ -370,7 +401,8 @@ if __name__ == "__main__":
             logprobs, entropy = response_logprobs(policy, batch, image_features, max_tokens_per_microbatch, temperature)
             ref_logprobs = logprobs  # without a reference: no distance to it
             if reference is not None:
-                ref_logprobs, _ = response_logprobs(reference, batch, image_features, max_tokens_per_microbatch, temperature)
+                ref_logprobs, _ = response_logprobs(reference, batch, image_features, max_tokens_per_microbatch, temperature,
+                                                    with_entropy=False)
 
         records = []
         verdicts = judge_batch([(response, train.samples[i].answer) for response, i in zip(responses, mine)])
@@ -407,6 +439,8 @@ if __name__ == "__main__":
         rewards = token_rewards(trajectory.scores, kl, mask, kl_reward_coeff)  # (B, R)
         # (B, R); no critic: the baseline is the step's mean. what is not finite spoils its own minibatch and no other
         advantages = whiten(discounted_returns(rewards, gamma), usable)
+        if rollout_ahead:  # of the policy that the step began with to the one that sampled: truncated importance weights
+            advantages = advantages * (trajectory.logprobs - trajectory.rollout_logprobs).exp().clamp(max=tis_clip)
 
         sums, grad_norms, skipped, done_updates = {}, [], 0, 0  # of the step's updates, for metrics
         if within:
@@ -448,7 +482,8 @@ if __name__ == "__main__":
                 save(step - 1, within=pack_step(completions, trajectory, sums, grad_norms, skipped, done_updates))
                 leave(number, engine, logs, f"step {step}: 4) Policy Update")
         t_update = time.perf_counter()
-        engine.load_weights(gather_weights(policy, precision))  # from here on the engine is the new policy
+        if not rollout_ahead:
+            engine.load_weights(gather_weights(policy, precision))  # from here on the engine is the new policy
         t_sync = time.perf_counter()
 
         # log: every number is over all responses and tokens of the step, on all ranks ----------------------------------
@@ -479,7 +514,7 @@ if __name__ == "__main__":
             "judge/errors": sum(bool(r["error"]) for r in records),
             **{f"judge/{name}": sum(r["error"] == error for r in records)
                for name, error in (("timeouts", "timeout"), ("unreadable", "unreadable"))},
-            "time/rollout_s": t_rollout - t_start, "time/trajectory_s": t_trajectory - t_rollout,
+            "time/wait_s": t_wait, "time/rollout_s": t_rollout - t_start, "time/trajectory_s": t_trajectory - t_rollout,
             "time/update_s": t_update - t_trajectory, "time/sync_s": t_sync - t_update,
             "time/step_s": time.perf_counter() - t_start,
             "tokens/prompt": sum(r["query_length"] for r in records), "tokens/response": int(tokens),

@@ -187,7 +187,7 @@ if __name__ == "__main__":
         for rows, real in microbatches(batch.attention_mask.sum(1).tolist(), max_tokens_per_microbatch):
             part = select(batch, rows)
             logprobs, _ = policy(part.query_responses, part.position_ids, part.attention_mask,
-                                 [image_features[i] for i in rows], part.response_mask, 1.0)
+                                 [image_features[i] for i in rows], part.response_mask, 1.0, with_entropy=False)
             loss = -logprobs.sum() / tokens * real  # 0 outside the response
             (loss * world.world_size).backward()  # FSDP averages gradients over ranks; the global count wants their sum
             total_loss += loss.detach()

@@ -20,7 +20,7 @@ import model  # noqa: E402
 from tiny import make_tiny  # noqa: E402
 
 
-def full_logprobs(hidden, weight, targets, temperature, banned_ids):
+def full_logprobs(hidden, weight, targets, temperature, banned_ids, with_entropy):
     """The plain way: all logits at once, their log_softmax, and the entropy from both."""
     logits = (hidden @ weight.T).float() / temperature
     logits[:, banned_ids] = torch.finfo(torch.float32).min

@@ -21,10 +21,10 @@ sys.path.insert(0, str(ROOT))
 import model  # noqa: E402
 
 import reward  # noqa: E402
-import rollout  # noqa: E402
+import rollout_vllm  # noqa: E402
 
 clip, forward, step = torch.nn.utils.clip_grad_norm_, model.Policy.forward, torch.optim.AdamW.step
-sample = rollout.VLLMEngine.sample
+outputs = rollout_vllm.VLLMEngine.outputs
 language_reward = reward.language_reward
 kind, argument = os.environ["NANOMAYE_HOOK"].split(":", 1)
 calls = 0
@@ -99,8 +99,8 @@ def while_sampling(number, pid=0):
     def sample_and_act(self, *args):
         if hit():
             threading.Timer(0.05, send, [pid or self.processes[0].pid]).start()
-        return sample(self, *args)
-    return rollout.VLLMEngine, "sample", sample_and_act
+        return outputs(self, *args)
+    return rollout_vllm.VLLMEngine, "outputs", sample_and_act
 
 
 HOOKS = {"raise": failing(boom), "kill": failing(lambda: os.kill(os.getpid(), signal.SIGKILL)),

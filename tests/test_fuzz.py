@@ -349,7 +349,7 @@ def test_all_ranks_have_as_many_micro_batches_and_the_added_ones_are_not_real(le
 class Echo:
     """A policy whose log-probability of a token is its id, and whose entropy is the token's place in its row's response."""
 
-    def __call__(self, input_ids, position_ids, attention_mask, image_features, response_mask, temperature):
+    def __call__(self, input_ids, position_ids, attention_mask, image_features, response_mask, temperature, with_entropy):
         assert len(image_features) == len(input_ids)
         assert [feature for feature in image_features] == [int(row[mask.bool()].sum()) for row, mask in
                                                            zip(input_ids, attention_mask)], "another row's image"

@@ -87,6 +87,33 @@ def test_logprobs_and_entropy_equal_those_of_transformers(folder, world, monkeyp
     assert len(calls) == 1, "a sharded tower is called once on each rank, whatever its images"
 
 
+@pytest.mark.parametrize("temperature, banned", [(1.0, []), (0.7, [0, 5])])
+def test_the_gradient_of_the_head_is_autograds(temperature, banned, monkeypatch):
+    monkeypatch.setitem(model.LOGITS_PER_CHUNK, "cpu", 4 * 31)  # four tokens a chunk: 4 + 4 + 3
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(11, 8, dtype=torch.float64), torch.randn(31, 8, dtype=torch.float64)
+    targets, grad = torch.randint(6, 31, (11,)), torch.randn(11)
+
+    def plain(hidden, weight):
+        logits = hidden @ weight.T / temperature
+        logits[:, banned] = -torch.inf
+        return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    results = []
+    for act in (plain, lambda h, w: model.chunked_logprobs(h, w, targets, temperature, banned)[0]):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logprobs = act(h, w)
+        (logprobs * grad).sum().backward()
+        results.append((logprobs.float(), h.grad.float(), w.grad.float()))
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-5)
+    h = hidden.clone().requires_grad_()
+    logprobs, entropy = model.chunked_logprobs(h, weight, targets, temperature, banned, with_entropy=False)
+    logprobs.sum().backward()  # a frozen head gets no gradient
+    assert not entropy.any() and not entropy.requires_grad and h.grad.any() and weight.grad is None
+    probs = (hidden @ weight.T / temperature).index_fill(1, torch.tensor(banned, dtype=torch.int64), -torch.inf).softmax(-1)
+    expected = -(probs * probs.clamp(min=1e-300).log()).sum(-1)
+    torch.testing.assert_close(model.chunked_logprobs(hidden, weight, targets, temperature, banned)[1], expected.float())
+
+
 def test_chunks_and_checkpointing_do_not_change_the_gradient(folder, world, monkeypatch):
     queries, pixels = problem()
     gradients = []
@@ -98,6 +125,21 @@ def test_chunks_and_checkpointing_do_not_change_the_gradient(folder, world, monk
         run(policy, batch, features)[0].sum().backward()
         gradients.append(torch.cat([p.grad.full_tensor().flatten() for p in policy.parameters()]))
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-4)
+
+
+def test_the_layers_see_no_mask_and_no_more_columns_than_the_longest_row(folder, world):
+    queries, pixels = problem()
+    policy, visual = model.load_policy(folder, world, torch.float32, [6])
+    batch = batching.pack(policy, queries, RESPONSES, GRIDS, 0, "cpu")
+    features = model.encode_images(visual, [model.ImageInput(*x) for x in zip(pixels, GRIDS)])
+    seen = []
+    for layer in policy.language_model.layers:
+        layer.register_forward_pre_hook(lambda _, x, kwargs: seen.append((x[0].shape[1], kwargs["attention_mask"])),
+                                        with_kwargs=True)
+    run(policy, batch, features)
+    longest = max(len(query) + len(response) for query, response in zip(queries, RESPONSES))
+    assert longest < batch.query_responses.shape[1]  # the longest query and the longest response are of unlike rows
+    assert seen == [(longest, None)] * len(policy.language_model.layers)
 
 
 def test_an_image_token_in_a_response_is_text(tiny_model_dir, world):

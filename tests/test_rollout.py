@@ -184,6 +184,13 @@ def test_each_image_is_encoded_once(setup, monkeypatch):
     assert seen == [2]
 
 
+def test_an_image_that_the_caller_has_read_is_not_read_again(setup):
+    folder, dataset, engine, eos, banned = setup
+    indices = [3, 4, 3, 5]
+    expected = engine.generate(dataset, indices, seeds(4), T1)
+    assert engine.generate(None, indices, seeds(4), T1, [dataset.inputs(i) for i in indices]) == expected
+
+
 def test_no_rows_no_completions(setup):
     assert setup[2].generate(setup[1], [], [], T1) == []
 

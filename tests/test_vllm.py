@@ -1,4 +1,4 @@
-"""VLLMEngine against vLLM itself, its CPU build: seven engine starts in all, about 25 s each."""
+"""VLLMEngine against vLLM itself, its CPU build: a dozen engine starts in all, about 25 s each."""
 import json
 import os
 import pathlib
@@ -19,9 +19,11 @@ import vllm  # noqa: E402, F401
 import data  # noqa: E402
 import distributed  # noqa: E402
 from evaluate import stored_weights  # noqa: E402
-from rollout import Sampling, VLLMEngine, banned_token_ids, eos_token_ids, hub_name, running  # noqa: E402
+from rollout import Sampling, banned_token_ids, eos_token_ids, hub_name, running  # noqa: E402
+from rollout_vllm import VLLMEngine  # noqa: E402
 from test_failures import END_S, run  # noqa: E402
 from test_resume import all_load, kept, same_files  # noqa: E402
+from test_runs import metrics_of  # noqa: E402
 from test_rollout import expected_logprobs, full_logits, seeds  # noqa: E402
 from tiny import make_tiny  # noqa: E402
 
@@ -203,7 +205,7 @@ def test_weights_that_do_not_arrive_are_an_error(engine, model, monkeypatch):
 @pytest.mark.parametrize("prefixes", [("model.", "visual.", "lm_head."), ("model.",), ("visual.merger.",)])
 def test_new_weights_reach_the_engine(engine, dataset, model, model_dir, monkeypatch, prefixes, shard_bytes):
     """All of the model, the language model alone (the tied head not by name), the connector; one file or many."""
-    monkeypatch.setattr("rollout.MAX_SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr("weight_sync.BUCKET_BYTES", shard_bytes)
     indices = list(range(12))
     before = set(os.listdir("/dev/shm"))
     engine.load_weights(iter(named(AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32))))
@@ -231,9 +233,36 @@ def test_another_checkpoints_weights_are_all_taken(engine, dataset, tmp_path):
     assert largest_difference(other, dataset, range(12), completions, engine.banned_ids) < 1e-4
 
 
+def test_weights_by_vllms_own_transfer(engine, dataset, tmp_path, monkeypatch):
+    """What a GPU takes for the weight sync, as far as a CPU can run it: all but the broadcasts (tcp_transfer.py)."""
+    import tcp_transfer
+    folder, llm = make_tiny(tmp_path / "untied", "qwen2_5_vl", tied=False, hidden=64), vllm.LLM
+    monkeypatch.setattr(vllm, "LLM", lambda *a, **k: llm(*a, **k | dict(
+        weight_transfer_config=dict(backend="tcp"), worker_extension_cls="tcp_transfer.Receiver")))
+    monkeypatch.setattr("weight_sync.BUCKET_BYTES", 20_000)  # several buckets
+    world = distributed.World(0, 1, 0, 1, engine.group, torch.device("cpu"))
+    other = VLLMEngine(folder, torch.float32, world, engine.eos_ids, engine.banned_ids, 1024, 0.8, 0)
+    try:
+        other.nccl = tcp_transfer.TCPSync(other.llm, torch.float32, other.tied)
+        monkeypatch.setattr(other, "open_sync", lambda: other.nccl)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        for prefixes in (("model.", "visual.", "lm_head."), ("model.", "lm_head.")):
+            with torch.no_grad():
+                for _, p in named(model, prefixes):
+                    p.add_(0.1 * torch.randn_like(p) * (p.dim() > 1))
+            sent, tensors = other.nccl.count, list(named(model, prefixes))
+            other.load_weights(iter(tensors))
+            assert other.nccl.count - sent == len(tensors)
+            completions = other.generate(dataset, range(12), seeds(12), T1)
+            assert largest_difference(model, dataset, range(12), completions, other.banned_ids) < 1e-4
+    finally:
+        other.close()
+
+
 OWNER_SCRIPT = """
 import sys, time, torch, data, distributed
-from rollout import VLLMEngine, banned_token_ids, eos_token_ids
+from rollout import banned_token_ids, eos_token_ids
+from rollout_vllm import VLLMEngine
 if __name__ == "__main__":
     folder = sys.argv[1]
     tokenizer, _ = data.load_processor(folder)
@@ -266,7 +295,8 @@ TWO_RANKS_SCRIPT = """
 import json, os, sys, torch, data, distributed
 import torch.distributed as dist
 from transformers import AutoModelForImageTextToText
-from rollout import Sampling, VLLMEngine, banned_token_ids, eos_token_ids
+from rollout import Sampling, banned_token_ids, eos_token_ids
+from rollout_vllm import VLLMEngine
 from test_rollout import seeds
 from test_vllm import descendants, largest_difference, named, perturb
 if __name__ == "__main__":
@@ -355,3 +385,32 @@ def test_a_run_whose_engine_dies_leaves_a_checkpoint_and_goes_on_as_if_it_never_
     subprocess.run([*command, f"--out_dir={tmp_path}", "--init_from=resume"], cwd=ROOT, env=environment(), check=True,
                    timeout=300)
     same_files(tmp_path, theirs)
+
+
+def test_sampling_ahead_is_one_update_behind_and_goes_on_after_a_stop(model_dir, tiny_jsonl, tmp_path):
+    """rollout_ahead=1: step 2 is sampled by the policy that step 1 was sampled by; a stop loses none of what was sampled."""
+    knobs = [knob for knob in KNOBS if not knob.startswith(("--learning_rate", "--eval_every_epochs"))]
+    command = [sys.executable, "train_rl.py", *knobs, f"--model={model_dir}", f"--train_data={tiny_jsonl}",
+               "--rollout_ahead=1", "--eval_every_epochs=0"]
+    rows, samples = {}, {}
+    for name, rate in (("still", "0.0"), ("moving", "1e-2")):
+        out_dir = tmp_path / name
+        done = run([*command, f"--learning_rate={rate}", f"--out_dir={out_dir}"], **environment())
+        assert done.status == 0, done.output
+        rows[name] = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+        samples[name] = [json.loads(line) for line in (out_dir / "samples.jsonl").read_text().splitlines()]
+    sampled = {name: [(row["step"], row["id"], row["response"]) for row in several] for name, several in samples.items()}
+    assert [row for row in sampled["moving"] if row[0] < 3] == [row for row in sampled["still"] if row[0] < 3]
+    assert [row for row in sampled["moving"] if row[0] == 3] != [row for row in sampled["still"] if row[0] == 3]
+    assert all(row["rollout/logprob_diff"] < 1e-4 for row in rows["still"] + rows["moving"][:1])
+    assert all(row["rollout/logprob_diff"] > 1e-3 for row in rows["moving"][1:]), "the trainer is one update further"
+    assert all(0 <= row["time/wait_s"] <= row["time/rollout_s"] for row in rows["moving"])
+    # stopped in step 2 (calls: the parity check, step 1, step 2), step 3 being sampled: nothing of that is lost
+    command += ["--learning_rate=1e-2"]
+    patched = [word.replace("train_rl.py", "tests/patched_run.py") for word in command]
+    stopped = run([*patched, f"--out_dir={tmp_path / 'stopped'}"], "stop:3", **environment())
+    assert "stopped by signal 15" in stopped.output and len(kept(tmp_path / "stopped")) == 1, stopped.output
+    done = run([*command, f"--out_dir={tmp_path / 'stopped'}", "--init_from=resume"], **environment())
+    assert done.status == 0, done.output
+    assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "moving")
+    assert (tmp_path / "stopped/samples.jsonl").read_bytes() == (tmp_path / "moving/samples.jsonl").read_bytes()
