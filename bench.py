@@ -5,13 +5,15 @@
     python bench.py config/toy.py --against=trl                     # and TRL's GRPOTrainer (bench_trl.py)
     python bench.py config/toy.py --sizes="hidden_size=512 num_hidden_layers=8" --response_tokens=128   # random weights
 
-Takes every knob of train_rl.py besides its own, and times train_rl.py's own functions. One process, on a CPU or one GPU.
+Takes every knob of train_rl.py besides its own, and times train_rl.py's own functions. (With one update a step train_rl.py
+saves the forward for the old log-probabilities; this one does not.) One process, on a CPU or one GPU.
 Each side is a process of its own, so neither memory nor caches mix. They take turns, a step each, the others waiting: a
 machine that slows down slows all of them, and the ratios are of neighbours in time. Prints tables, writes JSON.
 
 Seconds are medians over the steps (least to most); a ratio is the median over rounds of the other's time per response token
 over ours. CPU seconds, of all threads, are steadier where others use the machine (OMP_NUM_THREADS=1: no thread then waits
 busily for another). Peak memory, weights included, is the process's (VmHWM, reset before each part) or its GPU allocations'.
+Both are of the trainer's process, not of vLLM's.
 Model FLOPs are what the model must do, counted from its sizes, on real tokens: no padding, no recomputing.
     language model, query of q and response of r tokens, n = q + r:   2 (layers' matrices) n + 4 L H d n (n + 1) / 2 + 2 h V r
     vision tower, p patches:   2 (blocks' and patch embedding's matrices) p + 2 (merger's) p / 4 + 4 h p (patches in view)
@@ -184,6 +186,10 @@ if __name__ == "__main__":
         raise UserError(f"command line: against must be '', 'plain' or 'trl', got {against!r}")
     if against and (config["train_vit"] or config["train_connector"]):
         raise UserError(f"config: against={against} has a frozen tower; train_vit and train_connector must be False")
+    if config["old_logprobs"] != "trainer" or config["rollout_ahead"]:
+        raise UserError("config: bench.py times old_logprobs='trainer' and rollout_ahead=0 alone")
+    if against == "plain" and config["rollout"] != "hf":
+        raise UserError("config: against=plain has both sides on one GPU, which two vLLMs would not share; pass --rollout=hf")
     if "WORLD_SIZE" in os.environ:
         raise UserError("bench.py is one process: start it with python, not with torchrun")
     check_at_least(mine, 1, "steps")

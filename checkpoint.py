@@ -94,6 +94,8 @@ def find_checkpoint(out_dir):
             for path in pathlib.Path(out_dir, "checkpoints").glob("*.partial"):
                 path.unlink() if path.is_symlink() else shutil.rmtree(path)
     found = checkpoints_of(out_dir)
+    if len(seen := set(gather_json(found[-1][2].name if found else ""))) > 1:
+        raise UserError(f"{out_dir} is not the same folder for all processes: they see {sorted(seen)}; nodes must share it")
     if not found:
         return None
     folder = found[-1][2]

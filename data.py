@@ -47,6 +47,8 @@ import sys
 import zipfile
 from typing import NamedTuple
 
+import torch
+
 from configurator import UserError
 from images import check_image, final_size, open_image, read_image  # noqa: F401 (open_image is for others to import)
 from reward import last_boxed, readable_batch
@@ -261,16 +263,21 @@ class Dataset:
     def __len__(self):
         return len(self.samples)
 
-    def inputs(self, i):
-        """Inputs of sample i. The image is read from disk each time: nothing is kept."""
+    def inputs(self, i, pixels=True):
+        """Inputs of sample i. The image is read from disk each time: nothing is kept. pixels=False leaves pixel_values None,
+        for an engine that makes its own."""
         sample = self.samples[i]
         prompt, image = prompt_text(self.tokenizer, sample.question), read_image(sample.image, *self.pixels)
-        features = self.image_processor(images=[image], do_resize=False, return_tensors="pt")
-        grid = features["image_grid_thw"]
+        patch, values = self.image_processor.patch_size, None
+        grid = torch.tensor([[1, image.height // patch, image.width // patch]])
+        if pixels:
+            features = self.image_processor(images=[image], do_resize=False, return_tensors="pt")
+            values = features["pixel_values"].float()
+            assert torch.equal(features["image_grid_thw"], grid), f"{sample.image}: {features['image_grid_thw']} {grid}"
         pad = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         at, count = ids.index(pad), int(grid.prod()) // self.image_processor.merge_size**2
-        return Inputs(prompt, image, ids[:at] + [pad] * count + ids[at + 1:], features["pixel_values"].float(), grid)
+        return Inputs(prompt, image, ids[:at] + [pad] * count + ids[at + 1:], values, grid)
 
 
 def print_warnings(datasets):

@@ -38,7 +38,11 @@ def advance(text, embeds, positions, bias, cache, start):
         keys, values = kv[:, :, :, :end]
         keys[:, :, start:] = rotate(k, cos, sin).transpose(1, 2)
         values[:, :, start:] = v.transpose(1, 2)
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin).transpose(1, 2), keys, values, bias, enable_gqa=True)
-        x = x + attention.o_proj(y.transpose(1, 2).reshape(B, n, -1))
+        # the query heads of one key and value head stand in its rows, as more queries: nothing is copied for them, and no
+        # kernel has to know of groups (with a mask, CUDA's fast ones do not)
+        q = rotate(q, cos, sin).view(B, n, keys.shape[1], -1, attention.head_dim).permute(0, 2, 3, 1, 4)  # (B, KV, G, n, D)
+        several = bias if n == 1 else bias.repeat(1, 1, q.shape[2], 1)
+        y = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, several)
+        x = x + attention.o_proj(y.view(q.shape).permute(0, 3, 1, 2, 4).reshape(B, n, -1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return text.norm(x[:, -1])

@@ -12,7 +12,7 @@ class Health:
 
     def __init__(self, metrics, on_policy=True):
         """metrics: the rows of the steps before, when a run goes on; what they would have warned of is not said again.
-        on_policy: whether trainer and engine should agree (with rollout_ahead=1 the engine is one update behind)."""
+        on_policy: whether trainer and engine should agree (with rollout_ahead=1 the engine is a step behind)."""
         self.rows, self.said, self.on_policy = [], set(), on_policy
         for row in metrics:
             self.check(row)

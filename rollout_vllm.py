@@ -77,6 +77,8 @@ class VLLMEngine:
         while error is not None and not self.end_of_process() and time.monotonic() < until:
             time.sleep(0.1)
         self.died = self.end_of_process() or says_so * "a part of it is gone"
+        if self.died and self.nccl is not None:
+            self.nccl.abort()
         if error is not None and not self.died:
             raise error
         return None if self.died else result
@@ -116,7 +118,7 @@ class VLLMEngine:
                       top_k=0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
                       ignore_eos=True, stop_token_ids=self.eos_ids, logit_bias={i: BAN for i in self.banned_ids},
                       logprobs=0, detokenize=False)  # logprobs=0: of the sampled token alone
-        inputs = {i: dataset.inputs(i)._replace(pixel_values=None) for i in sorted({i for i, _ in self.requests})}
+        inputs = {i: dataset.inputs(i, pixels=False) for i in sorted({i for i, _ in self.requests})}
         # requests for one image side by side: its features are computed once
         self.order = sorted(range(len(self.requests)), key=lambda r: (self.requests[r][0], r))
         requests = [self.requests[r] for r in self.order]

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from batch import make_batch, microbatches, padded, parity, response_logprobs, select
 from checkpoint import (Stop, check_out_dir, check_room, find_checkpoint, leave, load_trainer, mine_of, pack_step, resumption,
                         save_checkpoint, unpack_updates)
-from configurator import UserError, check_at_least, configure, save_config
+from checks import check_rl
+from configurator import UserError, configure, save_config
 from data import Dataset, load_processor, order, print_warnings
 from distributed import all_max, all_sum, end, gather_rows, start
 from dryrun import show_plan
@@ -72,6 +73,7 @@ gamma = 1.0  # discount per token
 kl_loss_coeff = 0.001  # weight of the k3 KL to the reference in the loss; 0 turns it off (paper, appendix A)
 kl_reward_coeff = 0.0  # weight of the same KL as a penalty in the token rewards; 0 turns it off (paper: 0)
 loss_agg = "seq_mean"  # 'seq_mean': tokens of a response, then responses (Eq. 1); 'token_mean': all tokens of the minibatch
+old_logprobs = "trainer"  # of the policy that sampled: 'trainer', a forward; 'engine', as it gave them (no entropy then)
 # reward
 language_reward_coeff = 0.1  # times minus the fraction of letters neither Latin nor Greek; 0 turns it off
 format_reward_coeff = 0.0  # times 1 for a response with one well-formed box at its end; 0 turns it off (paper)
@@ -111,7 +113,7 @@ class Trajectory(NamedTuple):
     attention_mask: torch.Tensor  # (B, Q+R) int64
     position_ids: torch.Tensor  # (3, B, Q+R) int64
     response_mask: torch.Tensor  # (B, R) bool, True on tokens that count, EOS included
-    logprobs: torch.Tensor  # (B, R) float32, of the policy that the step began with
+    logprobs: torch.Tensor  # (B, R) float32, of the policy that the step began with; see old_logprobs
     ref_logprobs: torch.Tensor  # (B, R) float32, of the untrained model; without a KL term logprobs again
     rollout_logprobs: torch.Tensor  # (B, R) float32, what the engine said
     entropy: torch.Tensor  # (B, R) float32, nats
@@ -177,20 +179,23 @@ def policy_loss(new_logprobs, logprobs, ref_logprobs, advantages, clip_low, clip
 
 
 def minibatch_gradient(policy, trajectory, advantages, minibatch, responses, tokens, loss_agg, clip_low, clip_high,
-                       kl_loss_coeff, temperature, max_tokens):
+                       kl_loss_coeff, temperature, max_tokens, fill=False):
     """Adds to the policy's gradients that of the loss over one minibatch, micro-batch by micro-batch. minibatch: int64 rows
     of this rank's trajectory; responses, tokens: how many the minibatch has over all ranks. Returns sums over all ranks:
-    of the weighted losses, and of what metrics need of each token. A collective."""
+    of the weighted losses, and of what metrics need of each token. A collective.
+    fill: the policy is still the one that sampled, so that this forward gives the trajectory its logprobs and entropy."""
     names = ("pg_loss", "kl_loss", "tokens", "ratio", "clipfrac", "approx_kl")
     sums = torch.zeros(len(names), dtype=torch.float64, device=advantages.device)
     for rows, real in microbatches(trajectory.attention_mask[minibatch].sum(1).tolist(), max_tokens):
         rows = minibatch[rows]
         part = select(trajectory, rows)
         R = part.response_mask.shape[1]
-        logprobs = trajectory.logprobs[rows, :R]
-        new_logprobs, _ = policy(part.query_responses, part.position_ids, part.attention_mask,
+        new_logprobs, entropy = policy(part.query_responses, part.position_ids, part.attention_mask,
                                  [trajectory.image_features[i] for i in rows], part.response_mask, temperature,
-                                 with_entropy=False)
+                                 with_entropy=fill)
+        if fill:
+            trajectory.logprobs[rows, :R], trajectory.entropy[rows, :R] = new_logprobs.detach(), entropy
+        logprobs = trajectory.logprobs[rows, :R]
         pg_loss, kl_loss, ratio, clipped = policy_loss(new_logprobs, logprobs, trajectory.ref_logprobs[rows, :R],
                                                        advantages[rows, :R], clip_low, clip_high)
         weights = loss_weights(part.response_mask, loss_agg, responses, tokens) * real
@@ -214,27 +219,12 @@ def unusable(trajectory):
 
 if __name__ == "__main__":
     config = configure(globals())
-    for knob, value in (("model", model), ("train_data", train_data)):
-        if not value:
-            raise UserError(f"command line: {knob} is empty; start from a config: python train_rl.py config/toy.py")
-    check_at_least(config, 1, "batch_size", "minibatch_size", "ppo_epochs", "epochs", "max_new_tokens",
-                   "max_prompt_tokens", "max_tokens_per_microbatch")
-    check_at_least(config, 0, "max_steps", "eval_every_epochs", "save_every_steps", "save_samples", "learning_rate")
-    if not (train_llm or train_connector or train_vit):
-        raise UserError("config: nothing to train; set train_llm, train_connector or train_vit to True")
-    check_at_least(config, 0.01, "temperature", "timeout_minutes")
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if batch_size % minibatch_size or minibatch_size % world_size:
-        raise UserError("config: batch_size must be a multiple of minibatch_size, and that of the number of processes; "
-                        f"got {batch_size=} {minibatch_size=} {world_size=}")
-    if rollout_ahead not in (0, 1) or (rollout_ahead and rollout != "vllm"):
-        raise UserError(f"config: rollout_ahead must be 0, or 1 with rollout='vllm' (the other engine samples in the process "
-                        f"that trains), got {rollout_ahead} with {rollout!r}")
-    if loss_agg not in ("seq_mean", "token_mean"):
-        raise UserError(f"config: loss_agg must be 'seq_mean' or 'token_mean', got {loss_agg!r}")
+    check_rl(config)
     updates_per_step = batch_size // minibatch_size * ppo_epochs
+    # a single update is made by the policy that sampled: its own forward gives the old log-probabilities, the ratio is 1
+    fill = updates_per_step == 1 and old_logprobs == "trainer" and not (kl_reward_coeff or rollout_ahead)
     if dry_run:
-        show_plan(config, world_size)
+        show_plan(config, int(os.environ.get("WORLD_SIZE", 1)))
         raise SystemExit
 
     # --- set-up: data before model, so that a bad row costs seconds
@@ -306,8 +296,9 @@ if __name__ == "__main__":
         """Leaves a checkpoint of the run after so many steps, from which it can go on."""
         land()
         now = {"update": update, "skipped_in_a_row": skipped_in_a_row, "evaluated": True, "best": state["best"],
-               "files": logs.sizes(), "config": config, "within": None,
-               "early": early and not engine.died and gather_rows([list(completion) for completion in early])}
+               "files": logs.sizes(), "config": config, "within": None, "early": None}
+        if early and not all_max(bool(engine.died)):
+            now["early"] = gather_rows([list(completion) for completion in early])
         save_checkpoint(out_dir, step, policy, visual, folder, precision, world, optimizer, now | progress, keep_checkpoints)
 
     def evaluate_all(step):
@@ -331,6 +322,9 @@ if __name__ == "__main__":
                 with tqdm.external_write_mode():  # the bar out of the way
                     show_table(f"epoch {epoch:g} {split}", rows)
 
+    within, early = state.pop("within"), state.pop("early")  # early: the responses of the step to come, if sampled ahead
+    early = [Completion(*row) for row in mine_of(early, world)] if early and rollout_ahead else None
+
     # the same weights by way of the sync as by way of the disk, and the same log-probabilities in engine and trainer
     engine.load_weights(gather_weights(policy, precision))
     probe = [(world.rank + i * world.world_size) % len(train) for i in range(4)]
@@ -349,8 +343,7 @@ if __name__ == "__main__":
     if main and first_step > steps:
         print(f"nothing left to do: {first_step - 1} of {steps} steps are done; more by --epochs or --max_steps")
 
-    t_loop, within = time.perf_counter(), state["within"]
-    early = state["early"] and [Completion(*row) for row in mine_of(state["early"], world)]  # of the step to come, or None
+    t_loop = time.perf_counter()
     bar = tqdm(range(first_step, steps + 1), initial=first_step - 1, total=steps, smoothing=0, dynamic_ncols=True,
                disable=None if main else True)  # None: on a terminal
     for step in bar:
@@ -380,8 +373,8 @@ if __name__ == "__main__":
                 leave(number, engine, logs, f"step {step}: 2) Response Collection")
         t_wait = time.perf_counter() - t_wait
         if rollout_ahead and step < steps and not early:
-            # the engine samples the next batch while this one is trained on, with the weights that it gets here: those of
-            # the last update. what it sampled is then one update step old, and corrected for below
+            # the engine samples the next batch while this one is trained on, with the weights that it gets here: those that
+            # this step begins with. what it samples is one step's updates old when it is trained on, and corrected for
             engine.load_weights(gather_weights(policy, precision))
             engine.start(train, *queries(step + 1), sampling)
         responses = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
@@ -393,12 +386,15 @@ if __name__ == "__main__":
         bar.set_description(now_at(f"step {step}: 3) Trajectory Generation"))
         batch, image_features = make_batch(policy, visual, inputs, [c.token_ids for c in completions],
                                            tokenizer.pad_token_id, world.device)
+        rollout_logprobs = padded([c.logprobs for c in completions], batch.response_mask)
         inputs = [x._replace(image=None, pixel_values=None) for x in inputs]  # 24 MB a row at the largest size
         if within:  # of the policy that sampled, which is gone
             logprobs, ref_logprobs, entropy = (padded(mine_of(within[name], world), batch.response_mask)
                                                for name in ("logprobs", "ref_logprobs", "entropy"))
         else:
-            logprobs, entropy = response_logprobs(policy, batch, image_features, max_tokens_per_microbatch, temperature)
+            logprobs, entropy = rollout_logprobs.clone(), torch.zeros_like(rollout_logprobs)
+            if old_logprobs == "trainer" and not fill:
+                logprobs, entropy = response_logprobs(policy, batch, image_features, max_tokens_per_microbatch, temperature)
             ref_logprobs = logprobs  # without a reference: no distance to it
             if reference is not None:
                 ref_logprobs, _ = response_logprobs(reference, batch, image_features, max_tokens_per_microbatch, temperature,
@@ -423,7 +419,7 @@ if __name__ == "__main__":
             return torch.tensor(list(values), dtype=torch.float32, device=world.device)  # (B,)
 
         trajectory = Trajectory(
-            *batch, logprobs, ref_logprobs, padded([c.logprobs for c in completions], batch.response_mask), entropy,
+            *batch, logprobs, ref_logprobs, rollout_logprobs, entropy,
             column(r["rewards"]["accuracy"] for r in records), column(r["rewards"]["language"] for r in records),
             column(r["rewards"]["format"] for r in records), column(r["score"] for r in records),
             batch.response_mask.sum(1), image_features)
@@ -451,7 +447,9 @@ if __name__ == "__main__":
             tokens = all_sum([mask[minibatch].sum().item()]).item()  # response tokens of the minibatch, all ranks
             update_sums = minibatch_gradient(
                 policy, trajectory, advantages, minibatch, minibatch_size, tokens, loss_agg, clip_low, clip_high,
-                kl_loss_coeff, temperature, max_tokens_per_microbatch)
+                kl_loss_coeff, temperature, max_tokens_per_microbatch, fill)
+            if fill:
+                broken = unusable(trajectory)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(update, steps * updates_per_step, learning_rate, warmup_ratio)
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, clip_grad_norm or math.inf)
@@ -488,6 +486,7 @@ if __name__ == "__main__":
 
         # log: every number is over all responses and tokens of the step, on all ranks ----------------------------------
         difference = (trajectory.logprobs - trajectory.rollout_logprobs).abs() * mask
+        kl = k3(trajectory.logprobs, trajectory.ref_logprobs) * mask
         tokens, *token_sums = all_sum([x.double().sum().item() for x in (mask, difference, kl, trajectory.entropy)]).tolist()
         mean_difference, mean_kl, mean_entropy = (total / tokens for total in token_sums)
         records = gather_rows(records)
@@ -495,6 +494,8 @@ if __name__ == "__main__":
         def mean(values):
             return sum(values) / batch_size
 
+        # of the updates that were made: losses by update, the rest by token
+        made = {name: value / (len(grad_norms) if name.endswith("loss") else sums["tokens"]) for name, value in sums.items()}
         metrics = finite({
             "step": step, "epoch": epoch, "samples": step * batch_size,
             "train/accuracy": mean(r["correct"] for r in records), "train/score": mean(r["score"] for r in records),
@@ -502,15 +503,14 @@ if __name__ == "__main__":
             "response/length": mean(r["length"] for r in records),
             "response/clip_ratio": mean(r["finish_reason"] != "stop" for r in records),
             **reflection_metrics(tally([r["response"] for r in records], [r["correct"] for r in records])),
-            "policy/loss": (sums["pg_loss"] + kl_loss_coeff * sums["kl_loss"]) / len(grad_norms) if sums else None,
-            "policy/pg_loss": sums["pg_loss"] / len(grad_norms) if sums else None,
-            "policy/kl_loss": sums["kl_loss"] / len(grad_norms) if sums and reference is not None else None,
-            "policy/entropy": mean_entropy, "policy/ratio": sums["ratio"] / sums["tokens"] if sums else None,
-            "policy/clipfrac": sums["clipfrac"] / sums["tokens"] if sums else None,
-            "policy/approx_kl": sums["approx_kl"] / sums["tokens"] if sums else None,
-            "policy/grad_norm": sum(grad_norms) / len(grad_norms) if sums else None,
+            "policy/loss": made["pg_loss"] + kl_loss_coeff * made["kl_loss"] if made else None,
+            "policy/pg_loss": made.get("pg_loss"), "policy/kl_loss": made.get("kl_loss") if reference is not None else None,
+            "policy/entropy": mean_entropy if old_logprobs == "trainer" else None,
+            **{f"policy/{name}": made.get(name) for name in ("ratio", "clipfrac", "approx_kl")},
+            "policy/grad_norm": sum(grad_norms) / len(grad_norms) if grad_norms else None,
             "policy/lr": optimizer.param_groups[0]["lr"], "policy/updates": len(grad_norms), "policy/skipped": skipped,
-            "rollout/logprob_diff": mean_difference, "rollout/kl": mean_kl if reference is not None else None,
+            "rollout/logprob_diff": mean_difference if old_logprobs == "trainer" else None,
+            "rollout/kl": mean_kl if reference is not None else None,
             "judge/errors": sum(bool(r["error"]) for r in records),
             **{f"judge/{name}": sum(r["error"] == error for r in records)
                for name, error in (("timeouts", "timeout"), ("unreadable", "unreadable"))},
@@ -536,6 +536,7 @@ if __name__ == "__main__":
         if eval_every_epochs and (done or step % (steps_per_epoch * eval_every_epochs) == 0):
             bar.set_description(f"step {step}: evaluation")
             evaluate_all(step)
+        del trajectory, batch, image_features, advantages  # features of two steps would not fit beside each other
         number, minutes = stop.agreed(), all_max((time.monotonic() - t_saved) / 60)
         if (number or done or (save_every_steps and step % save_every_steps == 0)
                 or (save_every_minutes and minutes >= save_every_minutes)):

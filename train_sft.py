@@ -8,7 +8,6 @@ The loss is the mean of -log p over the solution tokens of the batch, EOS includ
 The paper shipped results of its baseline, but no code; batch, learning rate and schedule are those of its appendix.
 """
 import math
-import os
 import time
 
 import torch
@@ -17,7 +16,8 @@ from tqdm import tqdm
 from batch import make_batch, microbatches, select
 from checkpoint import (Stop, check_out_dir, check_room, find_checkpoint, leave, load_trainer, resumption,
                         save_checkpoint)
-from configurator import UserError, check_at_least, configure, save_config
+from checks import check_sft
+from configurator import UserError, configure, save_config
 from data import Dataset, load_processor, order, print_warnings
 from distributed import all_max, all_sum, end, gather_rows, start
 from evaluate import EVALS, evaluate, show_table, some
@@ -76,21 +76,7 @@ log_every = 1  # updates between two printed lines; metrics.jsonl gets every upd
 
 if __name__ == "__main__":
     config = configure(globals())
-    for knob, value in (("model", model), ("train_data", train_data)):
-        if not value:
-            raise UserError(f"command line: {knob} is empty; start from a config: python train_sft.py config/toy_sft.py")
-    check_at_least(config, 1, "batch_size", "epochs", "max_new_tokens", "max_prompt_tokens",
-                   "max_tokens_per_microbatch")
-    check_at_least(config, 0, "max_steps", "eval_every_epochs", "save_every_steps", "save_samples", "learning_rate")
-    if not (train_llm or train_connector or train_vit):
-        raise UserError("config: nothing to train; set train_llm, train_connector or train_vit to True")
-    check_at_least(config, 1, "log_every")
-    check_at_least(config, 0.01, "timeout_minutes")
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if batch_size % world_size:
-        raise UserError("config: batch_size must be a multiple of the number of processes, got "
-                        f"{batch_size=} {world_size=}")
-
+    check_sft(config)
     check_logger(logger)
     check_out_dir(out_dir, init_from, overwrite, model)
     folder = local_folder(model)

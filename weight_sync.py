@@ -98,8 +98,10 @@ class NCCLSync:
     def join(self, meeting):
         """A function that broadcasts a tensor to the worker. Returns once the worker is there."""
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
-        group = trainer_init(meeting)
-        return lambda tensor: group.broadcast(tensor, src=0, stream=torch.cuda.current_stream())
+        self.group = trainer_init(meeting)
+        if self.group.disabled:
+            raise RuntimeError("NCCL could not be loaded, or VLLM_DISABLE_PYNCCL is set: no weight would reach the engine")
+        return lambda tensor: self.group.broadcast(tensor, src=0, stream=torch.cuda.current_stream())
 
     def tell(self, method, *args):
         self.llm.collective_rpc(method, args=args)
@@ -135,3 +137,7 @@ class NCCLSync:
 
     def close(self):
         """Nothing: the group serves the next update as well."""
+
+    def abort(self):
+        """The worker is gone: what is queued for it would keep this GPU waiting for ever."""
+        self.group.destroy()

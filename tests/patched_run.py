@@ -5,6 +5,7 @@
 
 and so on: see HOOKS; the number counts calls from 1, and 0 is every one of them. raise, kill and hang are of the last rank.
 """
+import atexit
 import os
 import pathlib
 import runpy
@@ -51,6 +52,15 @@ def nan_logprobs(*args, **kwargs):
     """The forward of an update: its loss is NaN."""
     logprobs, entropy = forward(*args, **kwargs)
     return (logprobs * torch.nan if torch.is_grad_enabled() and hit() else logprobs), entropy
+
+
+def counted(*args, **kwargs):
+    """A forward; how many had no gradient is said at the end."""
+    global calls
+    if calls == 0:
+        atexit.register(lambda: print(f"{calls} forwards without a gradient", flush=True))
+    calls += not torch.is_grad_enabled()
+    return forward(*args, **kwargs)
 
 
 def nan_old_logprobs(*args, **kwargs):
@@ -108,6 +118,7 @@ HOOKS = {"raise": failing(boom), "kill": failing(lambda: os.kill(os.getpid(), si
          "stop": while_sampling(signal.SIGTERM, os.getpid()), "kill_engine": while_sampling(signal.SIGKILL),
          "hang_engine": while_sampling(signal.SIGSTOP),
          "record": (torch.nn.utils, "clip_grad_norm_", recording_clip), "nan": (model.Policy, "forward", nan_logprobs),
+         "count": (model.Policy, "forward", counted),
          "nan_old": (model.Policy, "forward", nan_old_logprobs), "nan_reward": (reward, "language_reward", nan_reward),
          "nan_gradient": (torch.nn.utils, "clip_grad_norm_", nan_gradient), "left_out": (torch.optim.AdamW, "step", left_out)}
 

@@ -63,10 +63,8 @@ def test_samples_metrics_and_gradient_do_not_depend_on_ranks_or_micro_batches(fi
     finish([*launcher, "tests/patched_run.py", *knobs, f"--out_dir={tmp_path}", f"--max_tokens_per_microbatch={budget}"],
            NANOMAYE_HOOK=f"record:{tmp_path / 'grad'}")
     assert read(tmp_path / "samples.jsonl") == read(first_run[0] / "samples.jsonl")
-    for ours, theirs in zip(metrics_of(tmp_path), metrics_of(first_run[0]), strict=True):
-        assert ours.keys() == theirs.keys()
-        for key, value in theirs.items():
-            assert ours[key] == value if value is None else ours[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
+    close_metrics(tmp_path, first_run[0])
+    assert [row.keys() for row in metrics_of(tmp_path)] == [row.keys() for row in metrics_of(first_run[0])]
     ours, theirs = load_file(tmp_path / "grad"), load_file(first_run[1])
     scale = max(t.abs().max() for t in theirs.values())
     for name, gradient in theirs.items():
@@ -91,6 +89,34 @@ def test_the_other_objective_on_three_ranks(knobs, tmp_path):
         torch.testing.assert_close(gradients[3][name] / scale, gradient / scale, atol=1e-5, rtol=0)
     row = metrics_of(tmp_path / "1")[0]
     assert row["policy/updates"] == 4 and row["policy/kl_loss"] is None and row["rollout/kl"] is None
+
+
+def close_metrics(ours, theirs, leave_out=()):
+    for a, b in zip(metrics_of(ours), metrics_of(theirs), strict=True):
+        for key, value in b.items():
+            if key not in leave_out:
+                assert a[key] == value if value is None else a[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
+
+
+def test_a_single_update_needs_no_forward_for_the_old_log_probabilities(knobs, tmp_path):
+    """The same run with a forward, which the faintest KL in the rewards asks for, and without."""
+    rest = [k for k in knobs if not k.startswith(("--minibatch_size", "--kl_reward_coeff"))] + ["--minibatch_size=8"]
+    for name, coefficient, forwards in (("with", "1e-30", 2), ("without", "0", 1)):
+        command = [sys.executable, "tests/patched_run.py", *rest, f"--kl_reward_coeff={coefficient}"]
+        done = finish([*command, f"--out_dir={tmp_path / name}"], NANOMAYE_HOOK="count:0")
+        # one for the parity check; in each of 3 steps the reference's, and the policy's if it is not the update's own
+        assert f"{1 + 3 * forwards} forwards without a gradient" in done.stdout
+    close_metrics(tmp_path / "without", tmp_path / "with")
+    assert all(row["policy/ratio"] == 1 and row["policy/entropy"] > 0 for row in metrics_of(tmp_path / "without"))
+    assert read(tmp_path / "without/samples.jsonl") == read(tmp_path / "with/samples.jsonl")
+
+
+def test_the_engines_log_probabilities_can_stand_for_the_old_ones(first_run, knobs, tmp_path):
+    done = finish([sys.executable, "tests/patched_run.py", *knobs, "--old_logprobs=engine", f"--out_dir={tmp_path}"],
+                  NANOMAYE_HOOK="count:0")
+    assert "4 forwards without a gradient" in done.stdout, "the parity check and the reference's"
+    close_metrics(tmp_path, first_run[0], leave_out=("policy/entropy", "rollout/logprob_diff"))
+    assert all(row["policy/entropy"] is row["rollout/logprob_diff"] is None for row in metrics_of(tmp_path))
 
 
 def test_bfloat16_compute_with_a_trained_tower_on_two_ranks(knobs, tmp_path):

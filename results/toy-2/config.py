@@ -1,7 +1,7 @@
 # argv: ['train_rl.py', 'config/toy.py', '--seed=2', '--out_dir=out/toy-2']
 # processes: 1
 # versions: python 3.11.7, torch 2.13.0+cpu, transformers 5.19.0, vllm not installed
-# git commit: 54f142a0c9932a1c517f099872b0b70599afa751-dirty
+# git commit: 8c1b142477c79831b2ee39ed533a04444c664b78
 
 out_dir = 'out/toy-2'
 seed = 2
@@ -16,12 +16,14 @@ rollout = 'hf'
 temperature = 1.0
 max_new_tokens = 96
 gpu_memory_utilization = 0.8
+rollout_ahead = 0
+tis_clip = 2.0
 epochs = 2
 max_steps = 0
 batch_size = 256
 minibatch_size = 64
 ppo_epochs = 1
-max_tokens_per_microbatch = 4096
+max_tokens_per_microbatch = 2048
 clip_low = 0.2
 clip_high = 0.2
 gamma = 1.0
@@ -45,6 +47,13 @@ dtype = 'auto'
 activation_checkpointing = False
 eval_every_epochs = 1
 save_every_steps = 0
+save_every_minutes = 0
+keep_checkpoints = 3
+init_from = 'pretrained'
+overwrite = False
 save_samples = 16
+logger = 'none'
+max_skipped_updates = 8
+timeout_minutes = 120.0
 max_logprob_diff = 0.1
 dry_run = False
