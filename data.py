@@ -47,8 +47,6 @@ import sys
 import zipfile
 from typing import NamedTuple
 
-import torch
-
 from configurator import UserError
 from images import check_image, final_size, open_image, read_image  # noqa: F401 (open_image is for others to import)
 from reward import last_boxed, readable_batch
@@ -268,6 +266,7 @@ class Dataset:
         for an engine that makes its own."""
         sample = self.samples[i]
         prompt, image = prompt_text(self.tokenizer, sample.question), read_image(sample.image, *self.pixels)
+        import torch  # here: reading and checking data does without its 200 MB
         patch, values = self.image_processor.patch_size, None
         grid = torch.tensor([[1, image.height // patch, image.width // patch]])
         if pixels:
