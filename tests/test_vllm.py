@@ -120,8 +120,8 @@ def test_logprobs_are_those_of_the_hf_forward(engine, dataset, model, temperatur
 
 def test_another_prompt_than_the_trainers_is_an_error(engine, dataset):
     class Other:
-        def inputs(self, i):
-            inputs = dataset.inputs(i)
+        def inputs(self, i, **kwargs):
+            inputs = dataset.inputs(i, **kwargs)
             return inputs._replace(query_ids=inputs.query_ids + [65] * (i == 2))
     engine.generate(Other(), [0, 1], seeds(2), T1)
     with pytest.raises(ValueError, match="sample 2: vLLM's prompt is not the trainer's"):
