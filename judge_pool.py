@@ -244,8 +244,8 @@ def load(module):
     try:
         importlib.import_module(module)
         gc.freeze()
-    except Exception:
-        UNAVAILABLE.add(module)         # from now on a worker gets an ImportError
+    except Exception:                   # whatever a package raises as it loads: a worker gets an ImportError for it
+        UNAVAILABLE.add(module)
 
 
 # -----------------------------------------------------------------------------

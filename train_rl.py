@@ -162,6 +162,12 @@ def whiten(values, mask):
     return ((x - mean) * (variance + 1e-8).rsqrt() * mask).float()
 
 
+def importance_weights(logprobs, rollout_logprobs, tis_clip):
+    """(B, R): p(policy that the step began with) / p(policy that sampled) of each token, at most tis_clip (truncated
+    importance sampling). Positive, so advantages can carry them into the clipped loss. 1 outside of the responses."""
+    return (logprobs - rollout_logprobs).exp().clamp(max=tis_clip)
+
+
 def loss_weights(response_mask, loss_agg, responses, tokens):
     """(B, R) weights that sum to 1 over the whole minibatch (all ranks, all micro-batches), which holds so many responses
     and tokens: a token's loss times its weight, summed, is the mean that loss_agg names."""
@@ -436,7 +442,7 @@ if __name__ == "__main__":
         # (B, R); no critic: the baseline is the step's mean. what is not finite spoils its own minibatch and no other
         advantages = whiten(discounted_returns(rewards, gamma), usable)
         if rollout_ahead:  # of the policy that the step began with to the one that sampled: truncated importance weights
-            advantages = advantages * (trajectory.logprobs - trajectory.rollout_logprobs).exp().clamp(max=tis_clip)
+            advantages = advantages * importance_weights(trajectory.logprobs, trajectory.rollout_logprobs, tis_clip)
 
         sums, grad_norms, skipped, done_updates = {}, [], 0, 0  # of the step's updates, for metrics
         if within:

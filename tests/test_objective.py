@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from model import learning_rate_at
-from train_rl import discounted_returns, k3, loss_weights, policy_loss, token_rewards, whiten
+from train_rl import discounted_returns, importance_weights, k3, loss_weights, policy_loss, token_rewards, whiten
 
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]]).bool()  # three tokens, EOS first, all padding
 
@@ -106,3 +106,18 @@ def test_learning_rate_rises_then_follows_a_cosine():
     assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0) and rates[10] == pytest.approx(2.0)
     assert rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.01
     assert learning_rate_at(0, 1, 2.0, 0.0) == 2.0
+
+
+def test_importance_weights_by_hand():
+    """The policy has doubled, halved and quintupled what the sampler gave; the last column is padding."""
+    rollout = torch.tensor([[-1.0, -2.0, -3.0, 0.0]])
+    logprobs = rollout + torch.tensor([[math.log(2), -math.log(2), math.log(5), 0.0]])
+    torch.testing.assert_close(importance_weights(logprobs, rollout, 3.0), torch.tensor([[2.0, 0.5, 3.0, 1.0]]))
+
+
+def test_importance_weights_mend_the_expectation_of_an_older_sampler():
+    torch.manual_seed(0)
+    sampler, policy = torch.randn(7).log_softmax(-1), torch.randn(7).log_softmax(-1)
+    advantages = torch.randn(7)
+    mended = (sampler.exp() * importance_weights(policy, sampler, 1e9) * advantages).sum()
+    torch.testing.assert_close(mended, (policy.exp() * advantages).sum())
