@@ -1,6 +1,6 @@
 """From ragged token ids to log-probabilities: padded batches, micro-batches of a token budget, a forward over all of them.
 
-    make_batch           queries, responses and pictures -> one padded Batch and the image features of its rows
+    make_batch           queries and responses -> one padded Batch, and the image features of its rows
     microbatches         rows of like length, as many on every rank, none over the budget of tokens
     response_logprobs    a whole Batch -> log-probabilities and entropy of its response tokens
     parity               how far trainer and engine are apart
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from distributed import all_max, all_sum
-from model import ImageInput, encode_images
+from model import encode
 from rollout import check_alive, request_seed
 
 
@@ -69,12 +69,22 @@ def microbatches(lengths, max_tokens):
     return batches + [([0], False)] * (int(all_max(len(batches))) - len(batches))
 
 
+def make_batch(policy, queries, responses, pad_id, device):
+    """(Batch, image features) of B Query and the token ids of their responses."""
+    ids, grids, images = zip(*queries)
+    return pack(policy, ids, responses, grids, pad_id, device), list(images)
+
+
 @torch.no_grad()
-def response_logprobs(policy, batch, image_features, max_tokens, temperature, with_entropy=True):
-    """logprobs (B, R) and entropy (B, R) of a whole Batch, micro-batch by micro-batch. A collective."""
+def response_logprobs(policy, batch, image_features, max_tokens, temperature, with_entropy=True, first=0):
+    """logprobs (B, R) and entropy (B, R) of a Batch, micro-batch by micro-batch; rows before first are left 0.
+    A collective."""
     logprobs = torch.zeros(batch.response_mask.shape, device=batch.response_mask.device)
     entropy = torch.zeros_like(logprobs)
-    for rows, real in microbatches(batch.attention_mask.sum(1).tolist(), max_tokens):
+    if first == len(logprobs):
+        return logprobs, entropy
+    for rows, real in microbatches(batch.attention_mask[first:].sum(1).tolist(), max_tokens):
+        rows = [first + i for i in rows]
         part = select(batch, rows)
         features = [image_features[i] for i in rows]
         new_logprobs, new_entropy = policy(part.query_responses, part.position_ids, part.attention_mask, features,
@@ -94,20 +104,12 @@ def padded(rows, mask):
     return values.to(mask.device)
 
 
-def make_batch(policy, visual, inputs, responses, pad_id, device):
-    """(Batch, image features) of queries and the token ids of their responses; features are made here, once, for every
-    forward to come: B tensors (tokens_i, H), or the B ImageInputs themselves when the tower is trained (visual None)."""
-    batch = pack(policy, [x.query_ids for x in inputs], responses, [x.grid_thw for x in inputs], pad_id, device)
-    images = [ImageInput(x.pixel_values, x.grid_thw) for x in inputs]
-    return batch, images if visual is None else encode_images(visual, images)
-
-
 def parity(engine, policy, visual, dataset, indices, sampling, pad_id, max_tokens, device):
     """Mean |trainer logprob - engine logprob| over the tokens of one response to each of the rows, all ranks; nats."""
     completions = engine.generate(dataset, indices, [request_seed(0, "parity", i, 0) for i in indices], sampling)
     check_alive(engine)
-    batch, features = make_batch(policy, visual, [dataset.inputs(i) for i in indices], [c.token_ids for c in completions],
-                                 pad_id, device)
+    queries = encode(visual, dataset, indices)  # by this process's own tower, to be compared with the engine's
+    batch, features = make_batch(policy, [queries[i] for i in indices], [c.token_ids for c in completions], pad_id, device)
     logprobs, _ = response_logprobs(policy, batch, features, max_tokens, sampling.temperature)
     difference = (logprobs - padded([c.logprobs for c in completions], batch.response_mask)).abs() * batch.response_mask
     total, count = all_sum([difference.sum().item(), batch.response_mask.sum().item()]).tolist()

@@ -5,8 +5,7 @@
     python bench.py config/toy.py --against=trl                     # and TRL's GRPOTrainer (bench_trl.py)
     python bench.py config/toy.py --sizes="hidden_size=512 num_hidden_layers=8" --response_tokens=128   # random weights
 
-Takes every knob of train_rl.py besides its own, and times train_rl.py's own functions. (With one update a step train_rl.py
-saves the forward for the old log-probabilities; this one does not.) One process, on a CPU or one GPU.
+Takes every knob of train_rl.py besides its own, and times train_rl.py's own functions. One process, on a CPU or one GPU.
 Each side is a process of its own, so neither memory nor caches mix. They take turns, a step each, the others waiting: a
 machine that slows down slows all of them, and the ratios are of neighbours in time. Prints tables, writes JSON.
 
@@ -17,7 +16,8 @@ Both are of the trainer's process, not of vLLM's.
 Model FLOPs are what the model must do, counted from its sizes, on real tokens: no padding, no recomputing.
     language model, query of q and response of r tokens, n = q + r:   2 (layers' matrices) n + 4 L H d n (n + 1) / 2 + 2 h V r
     vision tower, p patches:   2 (blocks' and patch embedding's matrices) p + 2 (merger's) p / 4 + 4 h p (patches in view)
-    rollout: both; old and reference log-probabilities: the former; update: 3 times that, since backward is twice forward
+    rollout, old and reference log-probabilities: the former; vision: the latter; update: 3 times the former, since backward
+    is twice forward
 Utilisation is FLOPs / second over the rate of a matrix product of the model's shape, measured anew in each step.
 """
 import json
@@ -186,8 +186,8 @@ if __name__ == "__main__":
         raise UserError(f"command line: against must be '', 'plain' or 'trl', got {against!r}")
     if against and (config["train_vit"] or config["train_connector"]):
         raise UserError(f"config: against={against} has a frozen tower; train_vit and train_connector must be False")
-    if config["old_logprobs"] != "trainer" or config["rollout_ahead"]:
-        raise UserError("config: bench.py times old_logprobs='trainer' and rollout_ahead=0 alone")
+    if config["rollout_ahead"]:
+        raise UserError("config: bench.py times rollout_ahead=0 alone")
     if against == "plain" and config["rollout"] != "hf":
         raise UserError("config: against=plain has both sides on one GPU, which two vLLMs would not share; pass --rollout=hf")
     if "WORLD_SIZE" in os.environ:

@@ -15,12 +15,12 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import train_rl
-from batch import make_batch, pack, response_logprobs
+from batch import make_batch, padded, response_logprobs
 from configurator import UserError, version
 from data import Dataset, load_processor, order
 from distributed import end, start
 from evaluate import EVALS, evaluate
-from model import compute_dtype, gather_weights, hub_name, load_config, load_policy, local_folder, on_meta
+from model import compute_dtype, encode, gather_weights, hub_name, load_config, load_policy, local_folder, on_meta
 from reward import format_reward, judge_batch, language_reward
 from rollout import Sampling, banned_token_ids, eos_token_ids, open_engine, request_seed
 
@@ -81,8 +81,8 @@ def matrices(module):
     return sum(p.numel() for p in module.parameters() if p.dim() > 1)
 
 
-def model_flops(hf, inputs, lengths):
-    """{part: FLOPs} of a step, by the docstring's formulas, of Inputs with responses of those lengths. hf may be on meta."""
+def model_flops(hf, queries, lengths):
+    """{part: FLOPs} of a step, by the docstring's formulas, of queries with responses of those lengths. hf may be on meta."""
     text, vision = hf.config.text_config, hf.config.vision_config
     layers, visual = matrices(hf.model.language_model.layers), hf.model.visual
     width = visual.patch_embed.proj.weight.shape[0]
@@ -90,12 +90,12 @@ def model_flops(hf, inputs, lengths):
     full = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
     window = (getattr(vision, "window_size", 0) // vision.patch_size) ** 2
     language = tower = 0
-    for x, r in zip(inputs, lengths):
-        n, p = len(x.query_ids) + r, int(x.grid_thw.prod())
+    for x, r in zip(queries, lengths):
+        n, p = len(x.ids) + r, int(x.grid_thw.prod())
         language += (2 * layers * n + 2 * text.num_hidden_layers * text.hidden_size * n * (n + 1)
                      + 2 * text.hidden_size * text.vocab_size * r)
         tower += per_patch * p + 4 * width * p * (full * p + (vision.depth - full) * min(window, p))
-    return {"rollout": language + tower, "vision": tower, "old_logprobs": language, "ref_logprobs": language,
+    return {"rollout": language, "vision": tower, "old_logprobs": language, "ref_logprobs": language,
             "update": 3 * language}
 
 
@@ -131,10 +131,9 @@ class Plain:
             self.hf.train()
         self.image_token_id, self.rope_index = self.hf.config.image_token_id, self.hf.model.get_rope_index
 
-    def batch(self, inputs, completions, pad_id):
-        self.inputs = inputs
-        return pack(self, [x.query_ids for x in inputs], [x.token_ids for x in completions], [x.grid_thw for x in inputs],
-                    pad_id, self.world.device)
+    def batch(self, queries, completions, pad_id):
+        batch, self.images = make_batch(self, queries, [x.token_ids for x in completions], pad_id, self.world.device)
+        return batch
 
     def parts(self, batch, rows):
         """rows as they come, so many at once as max_tokens_per_microbatch allows at the padded width of the step."""
@@ -147,8 +146,8 @@ class Plain:
             logits = model(
                 input_ids=batch.query_responses[rows], attention_mask=batch.attention_mask[rows],
                 position_ids=batch.position_ids[:, rows], use_cache=False,
-                pixel_values=torch.cat([self.inputs[i].pixel_values for i in rows]).to(device),
-                image_grid_thw=torch.cat([self.inputs[i].grid_thw for i in rows]).to(device)).logits
+                pixel_values=torch.cat([self.images[i].pixel_values for i in rows]).to(device),
+                image_grid_thw=torch.cat([self.images[i].grid_thw for i in rows]).to(device)).logits
         logits = logits[:, -R - 1:-1].float() / self.c.temperature  # (rows, R, V)
         logits[..., self.banned_ids] = torch.finfo(torch.float32).min
         logprobs = logits.log_softmax(-1)
@@ -156,13 +155,13 @@ class Plain:
         return logprobs.gather(-1, batch.query_responses[rows, -R:, None])[..., 0], entropy
 
     @torch.no_grad()
-    def logprobs(self, batch, reference):
-        model = self.reference if reference else self.hf
+    def logprobs(self, batch, reference, first=0):
+        model = self.reference if reference else self.hf  # first: it makes those of all rows
         rows = self.parts(batch, torch.arange(len(batch.attention_mask)))
         made = [self.forward(model, batch, r) for r in rows]
         return torch.cat([x for x, _ in made]), torch.cat([x for _, x in made])
 
-    def gradient(self, batch, minibatch, logprobs, ref_logprobs, advantages):
+    def gradient(self, batch, minibatch, logprobs, ref_logprobs, entropy, advantages, fill):
         total, tokens = 0.0, batch.response_mask[minibatch].sum()
         for rows in self.parts(batch, minibatch):
             new_logprobs, _ = self.forward(self.hf, batch, rows)
@@ -191,6 +190,7 @@ class Rows(NamedTuple):
     response_mask: torch.Tensor
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
+    entropy: torch.Tensor
     image_features: list
 
 
@@ -205,21 +205,21 @@ class Ours:
             self.reference, _ = load_policy(folder, world, dtype, banned_ids, *flags, master=False, with_tower=False)
         self.trained = [p for p in self.policy.parameters() if p.requires_grad]
 
-    def batch(self, inputs, completions, pad_id):
-        batch, self.features = make_batch(self.policy, self.visual, inputs, [x.token_ids for x in completions], pad_id,
+    def batch(self, queries, completions, pad_id):
+        batch, self.features = make_batch(self.policy, queries, [x.token_ids for x in completions], pad_id,
                                           self.world.device)
         return batch
 
-    def logprobs(self, batch, reference):
+    def logprobs(self, batch, reference, first=0):
         return response_logprobs(self.reference if reference else self.policy, batch, self.features,
-                                 self.c.max_tokens_per_microbatch, self.c.temperature, with_entropy=not reference)
+                                 self.c.max_tokens_per_microbatch, self.c.temperature, not reference, first)
 
-    def gradient(self, batch, minibatch, logprobs, ref_logprobs, advantages):
-        c, trajectory = self.c, Rows(*batch, logprobs, ref_logprobs, self.features)
+    def gradient(self, batch, minibatch, logprobs, ref_logprobs, entropy, advantages, fill):
+        c, trajectory = self.c, Rows(*batch, logprobs, ref_logprobs, entropy, self.features)
         tokens = batch.response_mask[minibatch].sum().item()
         sums = train_rl.minibatch_gradient(self.policy, trajectory, advantages, minibatch, c.minibatch_size, tokens,
                                            c.loss_agg, c.clip_low, c.clip_high, c.kl_loss_coeff, c.temperature,
-                                           c.max_tokens_per_microbatch)
+                                           c.max_tokens_per_microbatch, fill)
         return sums["pg_loss"] + c.kl_loss_coeff * sums["kl_loss"]
 
     def weights(self):
@@ -246,8 +246,11 @@ def our_steps(c, Way, fixed_length, eval_problems):
         banned_ids = sorted({*banned_ids, *eos_ids})
     engine = open_engine(c.rollout, folder, dtype, world, eos_ids, banned_ids, c.max_prompt_tokens + c.max_new_tokens,
                          c.gpu_memory_utilization, c.seed)
+    # rows whose old log-probabilities the first update makes, as in train_rl.py
+    first = 0 if c.kl_reward_coeff or Way is Plain else c.minibatch_size
     way, hf = Way(c, folder, world, dtype, banned_ids), on_meta(load_config(folder))
-    optimizer = torch.optim.AdamW(way.trained, c.learning_rate, (c.adam_beta1, c.adam_beta2), c.adam_eps, c.weight_decay)
+    optimizer = torch.optim.AdamW(way.trained, c.learning_rate, (c.adam_beta1, c.adam_beta2), c.adam_eps, c.weight_decay,
+                                  fused=True)
     sampling, per_epoch = Sampling(c.temperature, 1.0, c.max_new_tokens), len(train) // c.batch_size
     text = hf.config.text_config
     shape = c.max_tokens_per_microbatch, text.hidden_size, text.intermediate_size
@@ -260,18 +263,25 @@ def our_steps(c, Way, fixed_length, eval_problems):
         rate, meter = matrix_rate(world.device, dtype, *shape), Meter(world.device)
         with meter("data"):
             rows = order(len(train), c.seed, step // per_epoch)[step % per_epoch * c.batch_size:][:c.batch_size]
-            inputs = [train.inputs(i) for i in rows]
+            pixels = encode(None, train, rows)
+        with meter("vision"):
+            encoded = encode(way.visual, train, rows, pixels) if Way is Ours else pixels
+            queries = [encoded[i] for i in rows]
+            del pixels
         with meter("rollout"):
             seeds = [request_seed(c.seed, step, train.samples[i].id, 0) for i in rows]
-            completions = engine.generate(train, rows, seeds, sampling, inputs)
+            engine.start(train, rows, seeds, sampling)
+            completions = engine.collect(encoded)
             responses = [tokenizer.decode(x.token_ids, skip_special_tokens=True) for x in completions]
-        with meter("vision"):
-            batch = way.batch(inputs, completions, tokenizer.pad_token_id)
-        if Way is Ours:
-            inputs = [x._replace(image=None, pixel_values=None) for x in inputs]
-        with meter("old_logprobs"):
-            logprobs, entropy = way.logprobs(batch, reference=False)
-        ref_logprobs, mask = logprobs, batch.response_mask
+        batch = way.batch(queries, completions, tokenizer.pad_token_id)
+        mask = batch.response_mask
+        if c.old_logprobs == "trainer" or Way is Plain:
+            with meter("old_logprobs"):
+                logprobs, entropy = way.logprobs(batch, reference=False, first=first)
+        else:
+            logprobs = padded([x.logprobs for x in completions], mask)
+            entropy = torch.zeros_like(logprobs)
+        ref_logprobs = logprobs
         if way.reference is not None:
             with meter("ref_logprobs"):
                 ref_logprobs, _ = way.logprobs(batch, reference=True)
@@ -283,7 +293,8 @@ def our_steps(c, Way, fixed_length, eval_problems):
             rewards = train_rl.token_rewards(torch.tensor(scores, device=world.device), kl, mask, c.kl_reward_coeff)
             advantages, losses, norms = train_rl.whiten(train_rl.discounted_returns(rewards, c.gamma), mask), [], []
             for minibatch in torch.arange(c.batch_size).split(c.minibatch_size) * c.ppo_epochs:
-                losses.append(way.gradient(batch, minibatch, logprobs, ref_logprobs, advantages))
+                fill = bool(first) and not losses
+                losses.append(way.gradient(batch, minibatch, logprobs, ref_logprobs, entropy, advantages, fill))
                 norms.append(torch.nn.utils.clip_grad_norm_(way.trained, c.clip_grad_norm or float("inf")))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -296,10 +307,12 @@ def our_steps(c, Way, fixed_length, eval_problems):
         norms = [getattr(x, "full_tensor", lambda x=x: x)().item() for x in norms]
         check = {"logprobs": logprobs[mask].tolist()[:48], "ref_logprobs": ref_logprobs[mask].tolist()[:48],
                  "entropy": entropy[mask].tolist()[:48], "losses": losses, "grad_norms": norms}  # for the tests
-        flops = model_flops(hf, inputs, lengths)
+        flops = model_flops(hf, queries, lengths)
         if Way is Plain:  # its tower runs there, and again wherever its model does, of which the model needs but one
-            flops["old_logprobs"] += flops.pop("vision")
-        report({"parts": meter.parts, "response_tokens": sum(lengths), "prompt_tokens": sum(len(x.query_ids) for x in inputs),
+            flops["rollout"] += flops.pop("vision")
+        else:
+            flops["old_logprobs"] = model_flops(hf, queries[first:], lengths[first:])["old_logprobs"]
+        report({"parts": meter.parts, "response_tokens": sum(lengths), "prompt_tokens": sum(len(x.ids) for x in queries),
                 "longest": max(lengths), "flops": flops, "matrix_rate": rate, "check": check})
     engine.close()
     end()

@@ -161,7 +161,8 @@ def trained_tensors(policy, optimizer):
             continue
         state = optimizer.state[parameter]
         if not state:
-            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+            state.update(step=torch.zeros((), device=parameter.device), exp_avg=torch.zeros_like(parameter),
+                         exp_avg_sq=torch.zeros_like(parameter))
         tensors |= {f"weight.{name}": parameter.data, f"exp_avg.{name}": state["exp_avg"],
                     f"exp_avg_sq.{name}": state["exp_avg_sq"]}
     return tensors

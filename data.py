@@ -207,6 +207,11 @@ def parse_row(line, folder, need_solution, special):
     return sample._replace(image=image)
 
 
+def open_readers():
+    """A pool of threads that read images or hash them: both release Python's lock, and threads need not send pixels."""
+    return concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1), "reader")
+
+
 class Dataset:
     """The samples of a jsonl file, all checked; inputs(i) makes one of them into what engine and trainer take.
     UserError names every bad row as file:line: what."""
@@ -229,13 +234,14 @@ class Dataset:
                 rows.append((line, parse_row(text, os.path.dirname(path), need_solution, sorted(special))))
             except ValueError as e:
                 bad[line].append(str(e))
+        self.kept = {}  # {row: Query}: see model.keep_all
         self.path, self.lines, self.samples = path, [line for line, _ in rows], [sample for _, sample in rows]
         # a gold answer that the judge cannot read back as itself would score every response 0
         answers = sorted({sample.answer for sample in self.samples})
         unreadable = {answer for answer, read in zip(answers, readable_batch(answers)) if not read}
         prompts = [prompt_text(tokenizer, sample.question) for sample in self.samples]
         ids = tokenizer(prompts, add_special_tokens=False)["input_ids"] if prompts else []
-        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the GIL
+        with open_readers() as pool:
             sizes = list(pool.map(check_image, [sample.image for sample in self.samples]))
         for (line, sample), text_ids, size in zip(rows, ids, sizes):
             if sample.answer in unreadable:
@@ -298,7 +304,7 @@ def print_warnings(datasets):
     if "train" not in datasets or len(datasets) == 1:
         return
     paths = sorted({sample.image for dataset in datasets.values() for sample in dataset.samples})
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
+    with open_readers() as pool:
         digest = dict(zip(paths, pool.map(lambda path: hashlib.blake2b(pathlib.Path(path).read_bytes()).digest(), paths)))
     keys = {name: [(digest[sample.image], " ".join(sample.question.split())) for sample in dataset.samples]
             for name, dataset in datasets.items()}

@@ -29,6 +29,7 @@ MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 # the head's gradient is summed over the chunks in bfloat16, and few large sums lose less than many small ones
 LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}
 PATCHES_PER_CHUNK = 1 << 14  # image patches that go through a frozen tower at once: 4096 image tokens
+IMAGES_IN_MEMORY = 32  # images whose pixels are held before their features are made
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,6 +95,42 @@ def chunked_logprobs(hidden, weight, targets, temperature, banned_ids, with_entr
 class ImageInput(NamedTuple):
     pixel_values: torch.Tensor  # (patches, channels * temporal * 14 * 14) float32
     grid_thw: torch.Tensor  # (1, 3) int64: frames, rows and columns of patches
+
+
+class Query(NamedTuple):
+    """A row of a dataset as the language model takes it."""
+    ids: list  # of int, with as many placeholders as the image has tokens
+    grid_thw: torch.Tensor  # (1, 3) int64
+    image: object  # its features, (tokens, H); an ImageInput where the tower is trained: its features change
+
+
+def encode(visual, dataset, rows, known=(), read=None):
+    """{row: Query} of the rows of a dataset. Each image is read once and goes through the frozen tower visual once, however
+    often its row is there; with visual None its pixels stay. known: {row: Query} of some, which are taken from there, as
+    from dataset.kept. read: row -> Inputs; None: from disk."""
+    queries, rows = {}, sorted(set(rows))
+    for chunk in (rows[i:i + IMAGES_IN_MEMORY] for i in range(0, len(rows), IMAGES_IN_MEMORY)):
+        for row in chunk:
+            query = known[row] if row in known else dataset.kept.get(row)
+            if query is None:
+                x = (read or dataset.inputs)(row)
+                query = Query(x.query_ids, x.grid_thw, ImageInput(x.pixel_values, x.grid_thw))
+            queries[row] = query
+        if visual is not None:
+            fresh = [row for row in chunk if isinstance(queries[row].image, ImageInput)]
+            for row, features in zip(fresh, encode_images(visual, [queries[row].image for row in fresh])):
+                queries[row] = queries[row]._replace(image=features)
+            device = visual.patch_embed.proj.weight.device
+            queries |= {row: queries[row]._replace(image=queries[row].image.to(device)) for row in chunk}
+    return queries
+
+
+def keep_all(visual, dataset):
+    """Fills dataset.kept with all its rows, in CPU memory. All at once: chunks of other rows would round differently, and a
+    resumed run would not be the unbroken one."""
+    for i in range(0, len(dataset), IMAGES_IN_MEMORY):
+        queries = encode(visual, dataset, range(i, min(i + IMAGES_IN_MEMORY, len(dataset))))
+        dataset.kept |= {row: query._replace(image=query.image.cpu()) for row, query in queries.items()}
 
 
 def encode_images(visual, images, max_patches=PATCHES_PER_CHUNK):

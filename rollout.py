@@ -37,13 +37,12 @@ from transformers import AutoModelForImageTextToText
 from configurator import UserError
 from decode import advance, empty_cache
 from distributed import all_max
-from model import encode_images, hub_name
+from model import encode, hub_name
 from watch import progress, running
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 MAX_BATCH_TOKENS = 65536  # HF: rows x (query + response) of one batch: bounds the KV cache (3.8 GB for 7B, bf16)
 PREFILL_TOKENS = 2048  # HF: query tokens that go through the model at once; more leave a CPU's caches
-IMAGES_IN_MEMORY = 32  # HF: images read, and encoded, before the next are
 FOLDER = "nanomaye-weights-"  # vLLM: and its owner's pid, of the folders that a weight sync goes through
 OWNER = "NANOMAYE_ENGINE_OWNER"  # environment of the engine's processes: pid of the process they must not outlive
 
@@ -140,37 +139,34 @@ class HFEngine:
         # duplicates kept: a tied lm_head.weight arrives under its own name and lies in the embedding's storage
         self.parameters = {hub_name(name): p for name, p in self.model.named_parameters(remove_duplicate=False)}
 
+    def start(self, *request):
+        """The arguments of generate: this engine samples in the caller's process, so not before collect."""
+        self.request = request
+
+    def collect(self, known=()):
+        return self.generate(*self.request, known)
+
     @torch.no_grad()
-    def generate(self, dataset, indices, seeds, sampling, inputs=()):
+    def generate(self, dataset, indices, seeds, sampling, known=()):
         """A Completion for each of indices, in their order. Logprobs are those before top_p.
-        inputs: dataset.inputs of each of indices from a caller who has read them, so that no image is read twice."""
+        known: {index: Query} from a caller whose tower has the same weights, so that no image is read or encoded twice."""
         assert len(indices) == len(seeds), f"{len(indices)=} {len(seeds)=}"
-        images = self.encode(dataset, sorted(set(indices)), dict(zip(indices, inputs)))
+        queries = encode(self.model.model.visual, dataset, indices, known)
         # longest first: rows of one batch are about equally long, and what does not fit shows at once
-        queue = sorted(range(len(indices)), key=lambda r: (-len(images[indices[r]][0]), indices[r], r))
+        queue = sorted(range(len(indices)), key=lambda r: (-len(queries[indices[r]].ids), indices[r], r))
         completions = [None] * len(indices)
         while queue:
-            length = len(images[indices[queue[0]]][0]) + sampling.max_new_tokens
+            length = len(queries[indices[queue[0]]].ids) + sampling.max_new_tokens
             size = max(1, self.max_batch_tokens // length)
             batch, queue = queue[:size], queue[size:]
-            done = self.generate_batch([images[indices[r]] for r in batch], [seeds[r] for r in batch], sampling)
+            done = self.generate_batch([queries[indices[r]] for r in batch], [seeds[r] for r in batch], sampling)
             for r, completion in zip(batch, done):
                 completions[r] = completion
         return completions
 
-    def encode(self, dataset, indices, read):
-        """{index: (query_ids, grid_thw (1, 3), features (tokens, hidden))}: the tower runs once per image, however many
-        responses it gets. Only the features stay in memory, not the pixels. read: {index: Inputs} of those at hand."""
-        encoded = {}
-        for start in range(0, len(indices), IMAGES_IN_MEMORY):
-            chunk = [(i, read.get(i) or dataset.inputs(i)) for i in indices[start:start + IMAGES_IN_MEMORY]]
-            features = encode_images(self.model.model.visual, [inputs for _, inputs in chunk])
-            encoded |= {i: (inputs.query_ids, inputs.grid_thw, f) for (i, inputs), f in zip(chunk, features)}
-        return encoded
-
-    def generate_batch(self, rows, seeds, sampling):
-        """Completions for rows of (query_ids, grid_thw, features) that fit in memory together."""
-        query_ids, grids, features = zip(*rows)
+    def generate_batch(self, queries, seeds, sampling):
+        """Completions for queries that fit in memory together."""
+        query_ids, grids, features = zip(*queries)
         limits = [min(sampling.max_new_tokens, self.max_model_len - len(q)) for q in query_ids]
         n = max(limits)
         assert min(limits) > 0, f"a query of {max(map(len, query_ids))} tokens leaves no room in {self.max_model_len=}"

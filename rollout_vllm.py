@@ -5,6 +5,7 @@ is watched: vLLM (0.32) waits for ever for one that was killed.
 """
 import atexit
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from configurator import UserError
+from data import open_readers
 from distributed import gather_json, together
 from model import Weights, load_config
 from rollout import OWNER, Completion
@@ -95,10 +97,10 @@ class VLLMEngine:
     # -----------------------------------------------------------------------------------------------------------------
     # sampling
 
-    def generate(self, dataset, indices, seeds, sampling, inputs=()):
-        """A Completion for each of this rank's indices, in their order. inputs: as HFEngine's; the leader reads all anew."""
+    def generate(self, dataset, indices, seeds, sampling):
+        """A Completion for each of this rank's indices, in their order."""
         self.start(dataset, indices, seeds, sampling)
-        return self.collect(self.interrupted)
+        return self.collect()
 
     def start(self, dataset, indices, seeds, sampling):
         """Hands over the requests of all ranks and returns: vLLM's process samples while this one does something else."""
@@ -118,17 +120,25 @@ class VLLMEngine:
                       top_k=0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
                       ignore_eos=True, stop_token_ids=self.eos_ids, logit_bias={i: BAN for i in self.banned_ids},
                       logprobs=0, detokenize=False)  # logprobs=0: of the sampled token alone
-        inputs = {i: dataset.inputs(i, pixels=False) for i in sorted({i for i, _ in self.requests})}
         # requests for one image side by side: its features are computed once
         self.order = sorted(range(len(self.requests)), key=lambda r: (self.requests[r][0], r))
-        requests = [self.requests[r] for r in self.order]
-        prompts = [{"prompt": inputs[i].prompt, "multi_modal_data": {"image": inputs[i].image}} for i, _ in requests]
-        self.llm.enqueue(prompts, [SamplingParams(seed=seed, **common) for _, seed in requests], use_tqdm=False)
-        return {i: x._replace(image=None) for i, x in inputs.items()}
+        inputs = {}
+        with open_readers() as pool:
+            reading = {i: pool.submit(dataset.inputs, i, pixels=False) for i in sorted({i for i, _ in self.requests})}
+            for i, several in itertools.groupby(self.order, lambda r: self.requests[r][0]):
+                x = reading.pop(i).result()
+                prompt = {"prompt": x.prompt, "multi_modal_data": {"image": x.image}}
+                params = [SamplingParams(seed=self.requests[r][1], **common) for r in several]
+                # image by image: vLLM's process samples for the first while others are read and prepared here
+                self.llm.enqueue([prompt] * len(params), params, use_tqdm=False)
+                inputs[i] = x._replace(image=None)
+        return inputs
 
-    def collect(self, interrupted=lambda: False):
-        """The Completions of the requests that start got, once all are there; placeholders after an interruption."""
+    def collect(self, known=(), whole=False):
+        """The Completions of the requests that start got, once all are there. After an interruption, which whole ignores,
+        placeholders. known: as HFEngine's; vLLM makes features of its own."""
         outputs, self.busy, flat = [], False, self.requests
+        interrupted = (lambda: False) if whole else self.interrupted
         nothing = [Completion([self.eos_ids[0]], [0.0], "stop")] * len(flat)  # the caller throws it away
         with self.agreement():
             if self.leader:

@@ -27,14 +27,15 @@ from checkpoint import (Stop, check_out_dir, check_room, find_checkpoint, leave,
                         save_checkpoint, unpack_updates)
 from checks import check_rl
 from configurator import UserError, configure, save_config
-from data import Dataset, load_processor, order, print_warnings
+from data import Dataset, load_processor, open_readers, order, print_warnings
 from distributed import all_max, all_sum, end, gather_rows, start
 from dryrun import show_plan
 from evaluate import EVALS, evaluate, show_table, some
 from health import Health
 from logger import check_logger, shown, time_left
 from logs import Logs, finite
-from model import compute_dtype, gather_weights, learning_rate_at, load_config, load_policy, local_folder, peak_gb
+from model import (compute_dtype, encode, gather_weights, keep_all, learning_rate_at, load_config, load_policy, local_folder,
+                   peak_gb)
 from reflection import metrics as reflection_metrics
 from reflection import tally
 from reward import format_reward, judge_batch, language_reward
@@ -73,7 +74,7 @@ gamma = 1.0  # discount per token
 kl_loss_coeff = 0.001  # weight of the k3 KL to the reference in the loss; 0 turns it off (paper, appendix A)
 kl_reward_coeff = 0.0  # weight of the same KL as a penalty in the token rewards; 0 turns it off (paper: 0)
 loss_agg = "seq_mean"  # 'seq_mean': tokens of a response, then responses (Eq. 1); 'token_mean': all tokens of the minibatch
-old_logprobs = "trainer"  # of the policy that sampled: 'trainer', a forward; 'engine', as it gave them (no entropy then)
+old_logprobs = "trainer"  # of the policy that sampled: 'trainer', a forward; 'engine', as it gave them with the responses
 # reward
 language_reward_coeff = 0.1  # times minus the fraction of letters neither Latin nor Greek; 0 turns it off
 format_reward_coeff = 0.0  # times 1 for a response with one well-formed box at its end; 0 turns it off (paper)
@@ -90,6 +91,7 @@ train_llm = True  # True trains the language model
 train_connector = False  # True trains the merger between tower and language model
 train_vit = False  # True trains the vision tower; while it and the merger are frozen, features are made once a step
 dtype = "auto"  # compute: 'float32', 'bfloat16', or 'auto' (bfloat16 on GPU, float32 on CPU); master weights are float32
+keep_features = False  # True makes a frozen tower's features of all images at the start and keeps them, in CPU memory
 activation_checkpointing = True  # True recomputes each language layer in backward: less memory, a third more compute
 # what is written
 eval_every_epochs = 1  # evaluate after every so many epochs, before the first step and after the last; 0 = never
@@ -227,8 +229,9 @@ if __name__ == "__main__":
     config = configure(globals())
     check_rl(config)
     updates_per_step = batch_size // minibatch_size * ppo_epochs
-    # a single update is made by the policy that sampled: its own forward gives the old log-probabilities, the ratio is 1
-    fill = updates_per_step == 1 and old_logprobs == "trainer" and not (kl_reward_coeff or rollout_ahead)
+    # a step's first update is made by the policy that sampled: its own forward gives the old log-probabilities of its rows,
+    # and their ratio is 1. not where the advantages need them before it
+    fill = not (kl_reward_coeff or rollout_ahead)
     if dry_run:
         show_plan(config, int(os.environ.get("WORLD_SIZE", 1)))
         raise SystemExit
@@ -248,7 +251,7 @@ if __name__ == "__main__":
     steps = max_steps or epochs * steps_per_epoch
 
     world = start(timeout_minutes)
-    main, stop = world.rank == 0, Stop()
+    main, stop, local_minibatch = world.rank == 0, Stop(), minibatch_size // world.world_size
     if main:
         print_warnings({"train": train, **datasets})
     resumed = find_checkpoint(out_dir) if init_from == "resume" else None
@@ -265,7 +268,7 @@ if __name__ == "__main__":
         reference, _ = load_policy(folder, world, precision, banned_ids, train_llm, train_connector, train_vit,
                                    master=False, with_tower=False)
     trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay)
+    optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay, fused=True)
 
     # how far the run is; within: the responses of a step that it was stopped within, between two updates
     state = {"step": 0, "update": 0, "skipped_in_a_row": 0, "evaluated": False, "best": None, "files": {},
@@ -292,11 +295,19 @@ if __name__ == "__main__":
         rows = mine_of(order(len(train), seed, epoch)[batch * batch_size:][:batch_size], world)
         return rows, [request_seed(seed, step, train.samples[i].id, 0) for i in rows]
 
+    readers, reading = open_readers(), {}  # row -> the Future of its Inputs, pixels included
+
+    def read_ahead(rows):
+        """Begins to read the images of rows, in threads, but for those whose features are kept."""
+        for i in rows:
+            if i not in reading and i not in train.kept:
+                reading[i] = readers.submit(train.inputs, i)
+
     def land():
         """Brings in the batch that is being sampled ahead: then the engine is free, and a checkpoint can hold the batch."""
         global early
         if engine.busy:
-            early = engine.collect()
+            early = engine.collect(whole=True)
 
     def save(step, **progress):
         """Leaves a checkpoint of the run after so many steps, from which it can go on."""
@@ -343,6 +354,9 @@ if __name__ == "__main__":
         raise UserError(f"trainer and engine disagree: mean |logprob difference| {difference:.3g} > {max_logprob_diff=}; "
                         "check that both read the same model folder, the engine's dtype, and the versions in "
                         "requirements.txt (M-RoPE)")
+    if keep_features:
+        for dataset in (train, *datasets.values()):
+            keep_all(visual, dataset)
     engine.interrupted = lambda: stop.signal
     if eval_every_epochs and not state["evaluated"]:
         evaluate_all(first_step - 1)
@@ -357,10 +371,14 @@ if __name__ == "__main__":
         epoch = (step - 1) // steps_per_epoch  # passes over the data that are finished
 
         # 1) Data Flow ------------------------------------------------------------------------------------------------
-        # in: the step's queries. out: token ids with image placeholders, pixels and grids of this rank's rows.
+        # in: the step's queries. out: of this rank's rows the token ids with image placeholders, and the image features,
+        # made here once for every forward to come (or pixels, where the tower is trained).
         bar.set_description(now_at(f"step {step}: 1) Data Flow"))
         mine, seeds = queries(step)
-        inputs = [train.inputs(i) for i in mine]
+        if not (within or early or engine.busy):
+            engine.start(train, mine, seeds, sampling)  # vLLM samples in its own process while images are encoded here
+        read_ahead(mine)
+        encoded = encode(visual, train, mine, read=lambda i: reading.pop(i).result())
 
         # 2) Response Collection --------------------------------------------------------------------------------------
         # in: this rank's rows. out: one response to each, as token ids with the engine's log-probabilities.
@@ -370,9 +388,10 @@ if __name__ == "__main__":
         if within:
             completions = [Completion(*row) for row in mine_of(within["completions"], world)]
         else:
-            land()
+            if rollout_ahead:
+                land()
             ahead, early = early, None
-            completions = ahead or engine.generate(train, mine, seeds, sampling, inputs)
+            completions = ahead or engine.collect(encoded)
             if number := stop.agreed():  # a batch that was cut short is sampled again: the run after the step before counts
                 early = ahead
                 save(step - 1)
@@ -383,6 +402,8 @@ if __name__ == "__main__":
             # this step begins with. what it samples is one step's updates old when it is trained on, and corrected for
             engine.load_weights(gather_weights(policy, precision))
             engine.start(train, *queries(step + 1), sampling)
+        if step < steps:
+            read_ahead(queries(step + 1)[0])  # while this step is trained on
         responses = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
         t_rollout = time.perf_counter()
 
@@ -390,17 +411,18 @@ if __name__ == "__main__":
         # in: queries and responses. out: a Trajectory: one padded batch, log-probabilities of policy and reference, and
         # rewards; and a record of each response for people to read.
         bar.set_description(now_at(f"step {step}: 3) Trajectory Generation"))
-        batch, image_features = make_batch(policy, visual, inputs, [c.token_ids for c in completions],
+        batch, image_features = make_batch(policy, [encoded[i] for i in mine], [c.token_ids for c in completions],
                                            tokenizer.pad_token_id, world.device)
         rollout_logprobs = padded([c.logprobs for c in completions], batch.response_mask)
-        inputs = [x._replace(image=None, pixel_values=None) for x in inputs]  # 24 MB a row at the largest size
         if within:  # of the policy that sampled, which is gone
             logprobs, ref_logprobs, entropy = (padded(mine_of(within[name], world), batch.response_mask)
                                                for name in ("logprobs", "ref_logprobs", "entropy"))
         else:
             logprobs, entropy = rollout_logprobs.clone(), torch.zeros_like(rollout_logprobs)
-            if old_logprobs == "trainer" and not fill:
-                logprobs, entropy = response_logprobs(policy, batch, image_features, max_tokens_per_microbatch, temperature)
+            if old_logprobs == "trainer":
+                first = local_minibatch if fill else 0  # rows before it: see fill
+                logprobs, entropy = response_logprobs(policy, batch, image_features, max_tokens_per_microbatch, temperature,
+                                                      first=first)
             ref_logprobs = logprobs  # without a reference: no distance to it
             if reference is not None:
                 ref_logprobs, _ = response_logprobs(reference, batch, image_features, max_tokens_per_microbatch, temperature,
@@ -408,7 +430,7 @@ if __name__ == "__main__":
 
         records = []
         verdicts = judge_batch([(response, train.samples[i].answer) for response, i in zip(responses, mine)])
-        for i, x, completion, response, verdict in zip(mine, inputs, completions, responses, verdicts):
+        for i, completion, response, verdict in zip(mine, completions, responses, verdicts):
             sample = train.samples[i]
             earned = {"accuracy": float(verdict.correct), "language": language_reward(response),
                       "format": format_reward(response)}
@@ -418,7 +440,7 @@ if __name__ == "__main__":
                 score = no_eos_score
             records.append({"id": sample.id, "image": sample.image, "question": sample.question, "answer": sample.answer,
                             "response": response, "correct": verdict.correct, "error": verdict.error, "score": score,
-                            "rewards": earned, "length": len(completion.token_ids), "query_length": len(x.query_ids),
+                            "rewards": earned, "length": len(completion.token_ids), "query_length": len(encoded[i].ids),
                             "finish_reason": completion.finish_reason})
 
         def column(values):
@@ -447,14 +469,13 @@ if __name__ == "__main__":
         sums, grad_norms, skipped, done_updates = {}, [], 0, 0  # of the step's updates, for metrics
         if within:
             sums, grad_norms, skipped, done_updates, within = *unpack_updates(within), None
-        local_minibatch = minibatch_size // world.world_size
         for start_row in (list(range(0, len(mine), local_minibatch)) * ppo_epochs)[done_updates:]:
             minibatch = torch.arange(start_row, start_row + local_minibatch)
             tokens = all_sum([mask[minibatch].sum().item()]).item()  # response tokens of the minibatch, all ranks
             update_sums = minibatch_gradient(
                 policy, trajectory, advantages, minibatch, minibatch_size, tokens, loss_agg, clip_low, clip_high,
-                kl_loss_coeff, temperature, max_tokens_per_microbatch, fill)
-            if fill:
+                kl_loss_coeff, temperature, max_tokens_per_microbatch, fill and done_updates == 0)
+            if fill and done_updates == 0:
                 broken = unusable(trajectory)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(update, steps * updates_per_step, learning_rate, warmup_ratio)
@@ -491,10 +512,13 @@ if __name__ == "__main__":
         t_sync = time.perf_counter()
 
         # log: every number is over all responses and tokens of the step, on all ranks ----------------------------------
-        difference = (trajectory.logprobs - trajectory.rollout_logprobs).abs() * mask
+        seen = mask.clone()  # tokens whose log-probabilities are the trainer's own
+        if old_logprobs == "engine":
+            seen[local_minibatch if fill else 0:] = False
+        difference = (trajectory.logprobs - trajectory.rollout_logprobs).abs() * seen
         kl = k3(trajectory.logprobs, trajectory.ref_logprobs) * mask
-        tokens, *token_sums = all_sum([x.double().sum().item() for x in (mask, difference, kl, trajectory.entropy)]).tolist()
-        mean_difference, mean_kl, mean_entropy = (total / tokens for total in token_sums)
+        tokens, seen, difference, kl, entropy = all_sum([
+            x.double().sum().item() for x in (mask, seen, difference, kl, trajectory.entropy)]).tolist()
         records = gather_rows(records)
 
         def mean(values):
@@ -511,12 +535,12 @@ if __name__ == "__main__":
             **reflection_metrics(tally([r["response"] for r in records], [r["correct"] for r in records])),
             "policy/loss": made["pg_loss"] + kl_loss_coeff * made["kl_loss"] if made else None,
             "policy/pg_loss": made.get("pg_loss"), "policy/kl_loss": made.get("kl_loss") if reference is not None else None,
-            "policy/entropy": mean_entropy if old_logprobs == "trainer" else None,
+            "policy/entropy": entropy / seen if seen else None,
             **{f"policy/{name}": made.get(name) for name in ("ratio", "clipfrac", "approx_kl")},
             "policy/grad_norm": sum(grad_norms) / len(grad_norms) if grad_norms else None,
             "policy/lr": optimizer.param_groups[0]["lr"], "policy/updates": len(grad_norms), "policy/skipped": skipped,
-            "rollout/logprob_diff": mean_difference if old_logprobs == "trainer" else None,
-            "rollout/kl": mean_kl if reference is not None else None,
+            "rollout/logprob_diff": difference / seen if seen else None,
+            "rollout/kl": kl / tokens if reference is not None else None,
             "judge/errors": sum(bool(r["error"]) for r in records),
             **{f"judge/{name}": sum(r["error"] == error for r in records)
                for name, error in (("timeouts", "timeout"), ("unreadable", "unreadable"))},
@@ -542,7 +566,7 @@ if __name__ == "__main__":
         if eval_every_epochs and (done or step % (steps_per_epoch * eval_every_epochs) == 0):
             bar.set_description(f"step {step}: evaluation")
             evaluate_all(step)
-        del trajectory, batch, image_features, advantages  # features of two steps would not fit beside each other
+        del trajectory, batch, image_features, encoded, advantages  # features of two steps would not fit beside each other
         number, minutes = stop.agreed(), all_max((time.monotonic() - t_saved) / 60)
         if (number or done or (save_every_steps and step % save_every_steps == 0)
                 or (save_every_minutes and minutes >= save_every_minutes)):

@@ -23,7 +23,7 @@ from distributed import all_max, all_sum, end, gather_rows, start
 from evaluate import EVALS, evaluate, show_table, some
 from logger import check_logger, shown, time_left
 from logs import Logs, finite
-from model import compute_dtype, gather_weights, learning_rate_at, load_config, load_policy, local_folder, peak_gb
+from model import compute_dtype, encode, gather_weights, learning_rate_at, load_config, load_policy, local_folder, peak_gb
 from rollout import banned_token_ids, eos_token_ids, open_engine
 from watch import now_at
 
@@ -106,7 +106,7 @@ if __name__ == "__main__":
     policy, visual = load_policy(folder, world, precision, banned_ids, train_llm, train_connector, train_vit,
                                  activation_checkpointing=activation_checkpointing)
     trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay)
+    optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay, fused=True)
     state = {"step": 0, "skipped_in_a_row": 0, "evaluated": False, "best": None, "files": {}}  # how far the run is
     if resumed:
         state = load_trainer(resumed, policy, optimizer, world)
@@ -162,10 +162,11 @@ if __name__ == "__main__":
         # 1) the batch: row p of it belongs to rank p % world_size
         first = (step - 1) % steps_per_epoch * batch_size
         mine = order(len(train), seed, epoch)[first:first + batch_size][world.rank::world.world_size]
-        inputs = [train.inputs(i) for i in mine]
+        encoded = encode(visual, train, mine)
+        queries = [encoded[i] for i in mine]
         solutions = [tokenizer.encode(train.samples[i].solution, add_special_tokens=False) + [tokenizer.eos_token_id]
                      for i in mine]
-        batch, image_features = make_batch(policy, visual, inputs, solutions, tokenizer.pad_token_id, world.device)
+        batch, image_features = make_batch(policy, queries, solutions, tokenizer.pad_token_id, world.device)
 
         # 2) forward and backward, micro-batch by micro-batch
         tokens = all_sum([batch.response_mask.sum().item()]).item()  # solution tokens of the batch, all ranks
@@ -200,7 +201,7 @@ if __name__ == "__main__":
                             f"finite; see {out_dir}/skipped.jsonl, lower learning_rate, or go on from the last checkpoint "
                             "with --init_from=resume")
 
-        prompt_tokens = all_sum([sum(len(x.query_ids) for x in inputs)]).item()
+        prompt_tokens = all_sum([sum(len(query.ids) for query in queries)]).item()
         seconds = time.perf_counter() - t_start
         metrics = finite({
             "step": step, "epoch": epoch, "samples": step * batch_size,

@@ -18,6 +18,8 @@ epochs = 2  # 2 x 16 = 32 steps = 128 updates
 max_new_tokens = 96
 max_prompt_tokens = 1024
 max_pixels = 64 * 28 * 28  # 64 image tokens; the toy's own pictures have 9
+old_logprobs = "engine"  # the same model in float32: each step's first update compares them with its own
+keep_features = True  # of 4096 images of 9 tokens
 max_tokens_per_microbatch = 2048  # what a layer works on then stays in a CPU's caches
 learning_rate = 1e-4
 adam_eps = 1e-8

@@ -11,7 +11,6 @@ import pathlib
 import runpy
 import signal
 import sys
-import threading
 import time
 
 import torch
@@ -101,14 +100,11 @@ def boom():
 
 
 def while_sampling(number, pid=0):
-    """The signal, to vLLM's process or to the one with that pid, as vLLM is about to make the first tokens."""
-    def send(pid):
-        print(f"HOOK {time.time()}", flush=True)
-        os.kill(pid, number)
-
+    """The signal, to vLLM's process or to the one with that pid, before the first of vLLM's tokens is read."""
     def sample_and_act(self, *args):
         if hit():
-            threading.Timer(0.05, send, [pid or self.processes[0].pid]).start()
+            print(f"HOOK {time.time()}", flush=True)
+            os.kill(pid or self.processes[0].pid, number)
         return outputs(self, *args)
     return rollout_vllm.VLLMEngine, "outputs", sample_and_act
 

@@ -38,7 +38,7 @@ def run(tmp_path_factory, tiny_jsonl):
 
 def test_table_and_json_have_every_part(run):
     printed, written = run
-    parts = ["data", "rollout", "vision", "old_logprobs", "ref_logprobs", "reward", "update", "sync", "evaluation", "step"]
+    parts = ["data", "vision", "rollout", "old_logprobs", "ref_logprobs", "reward", "update", "sync", "evaluation", "step"]
     summary = written["sides"]["ours"]["summary"]
     assert list(summary) == parts and list(written["sides"]["plain"]["summary"]) == [p for p in parts if p != "evaluation"]
     for part in parts:
@@ -80,12 +80,12 @@ def test_user_errors_are_one_line(tmp_path, argument, message):
 def test_flops_by_hand(tmp_path):
     """2 layers of hidden 32 (2 heads, 1 of keys and values, MLP 64), a vocabulary of 265; a query of 8, a response of 4."""
     hf = on_meta(load_config(make_tiny(tmp_path)))
-    flops = model_flops(hf, [SimpleNamespace(query_ids=[1] * 8, grid_thw=torch.tensor([[1, 4, 4]]))], [4])
+    flops = model_flops(hf, [SimpleNamespace(ids=[1] * 8, grid_thw=torch.tensor([[1, 4, 4]]))], [4])
     layers = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
     language = 2 * layers * 12 + 4 * 2 * 32 * (12 * 13 // 2) + 2 * 32 * 265 * 4  # a token sees itself and those before it
     tower = 16 * 2 * (2 * (4 * 32 * 32 + 3 * 32 * 64) + 1176 * 32) + 4 * 2 * (128 * 128 + 128 * 32)
     tower += 4 * 32 * 16 * (16 + 16)  # one block sees all 16 patches; a window has 56 / 14 squared, 16 as well
-    assert flops == {"rollout": language + tower, "vision": tower, "old_logprobs": language, "ref_logprobs": language,
+    assert flops == {"rollout": language, "vision": tower, "old_logprobs": language, "ref_logprobs": language,
                      "update": 3 * language}
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText
 
 import data
 import distributed
-import rollout
+import model
 from rollout import (HFEngine, Sampling, banned_token_ids, draw, eos_token_ids, hub_name, open_engine, request_seed)
 
 T1 = Sampling(1.0, 1.0, 24)
@@ -178,17 +178,34 @@ def test_load_weights_refuses_what_does_not_fit(setup):
 
 def test_each_image_is_encoded_once(setup, monkeypatch):
     folder, dataset, engine, eos, banned = setup
-    seen, encode = [], rollout.encode_images
-    monkeypatch.setattr(rollout, "encode_images", lambda tower, rows: seen.append(len(rows)) or encode(tower, rows))
+    seen, encode_images = [], model.encode_images
+    monkeypatch.setattr(model, "encode_images", lambda tower, rows: seen.append(len(rows)) or encode_images(tower, rows))
     engine.generate(dataset, [3, 4, 3, 4, 3, 4], seeds(6), T1)
     assert seen == [2]
 
 
-def test_an_image_that_the_caller_has_read_is_not_read_again(setup):
+def test_an_image_that_the_caller_has_read_or_encoded_is_neither_read_nor_encoded_again(setup, monkeypatch):
     folder, dataset, engine, eos, banned = setup
-    indices = [3, 4, 3, 5]
+    indices, tower = [3, 4, 3, 5], engine.model.model.visual
     expected = engine.generate(dataset, indices, seeds(4), T1)
-    assert engine.generate(None, indices, seeds(4), T1, [dataset.inputs(i) for i in indices]) == expected
+    pixels = model.encode(None, dataset, indices)
+    features = model.encode(tower, dataset, indices)
+    monkeypatch.setattr(dataset, "inputs", None)
+    assert engine.generate(dataset, indices, seeds(4), T1, pixels) == expected
+    engine.start(dataset, indices, seeds(4), T1)
+    monkeypatch.setattr(model, "encode_images", lambda tower, images: [] if not images else 1 / 0)
+    assert engine.collect(features) == expected
+
+
+def test_kept_features_need_no_image(setup, monkeypatch):
+    folder, dataset, engine, eos, banned = setup
+    expected = engine.generate(dataset, [3, 4, 3, 5], seeds(4), T1)
+    monkeypatch.setattr(dataset, "kept", {})
+    model.keep_all(engine.model.model.visual, dataset)
+    assert dataset.kept.keys() == set(range(len(dataset)))
+    monkeypatch.setattr(dataset, "inputs", None)
+    again = engine.generate(dataset, [3, 4, 3, 5], seeds(4), T1)
+    assert [c.token_ids for c in again] == [c.token_ids for c in expected]
 
 
 def test_no_rows_no_completions(setup):

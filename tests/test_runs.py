@@ -111,12 +111,30 @@ def test_a_single_update_needs_no_forward_for_the_old_log_probabilities(knobs, t
     assert read(tmp_path / "without/samples.jsonl") == read(tmp_path / "with/samples.jsonl")
 
 
-def test_the_engines_log_probabilities_can_stand_for_the_old_ones(first_run, knobs, tmp_path):
-    done = finish([sys.executable, "tests/patched_run.py", *knobs, "--old_logprobs=engine", f"--out_dir={tmp_path}"],
-                  NANOMAYE_HOOK="count:0")
+@pytest.mark.parametrize("coefficient", ["0.01", "0"])
+def test_the_engines_log_probabilities_can_stand_for_the_old_ones(first_run, knobs, tmp_path, coefficient):
+    """And without a KL in the rewards the first update of each step compares its rows' with its own forward."""
+    rest = [k for k in knobs if not k.startswith("--kl_reward_coeff")]
+    done = finish([sys.executable, "tests/patched_run.py", *rest, "--old_logprobs=engine", f"--out_dir={tmp_path}",
+                   f"--kl_reward_coeff={coefficient}"], NANOMAYE_HOOK="count:0")
     assert "4 forwards without a gradient" in done.stdout, "the parity check and the reference's"
-    close_metrics(tmp_path, first_run[0], leave_out=("policy/entropy", "rollout/logprob_diff"))
-    assert all(row["policy/entropy"] is row["rollout/logprob_diff"] is None for row in metrics_of(tmp_path))
+    seen = metrics_of(tmp_path)
+    if coefficient == "0":
+        assert all(0 < row["rollout/logprob_diff"] < 1e-5 and row["policy/entropy"] > 1 for row in seen)
+    else:
+        close_metrics(tmp_path, first_run[0], leave_out=("policy/entropy", "rollout/logprob_diff"))
+        assert all(row["policy/entropy"] is row["rollout/logprob_diff"] is None for row in seen)
+
+
+def test_kept_features_and_the_first_updates_own_forward_change_no_number(knobs, tiny_jsonl, tmp_path):
+    """Rounding differs, as other rows share a micro-batch."""
+    changed = ("--kl_reward_coeff", "--max_steps", "--eval_every_epochs", "--max_new_tokens")
+    rest = [k for k in knobs if not k.startswith(changed)] + ["--epochs=2", f"--val_data={tiny_jsonl}", "--max_new_tokens=16"]
+    for name, flags in (("whole", ["--kl_reward_coeff=1e-30"]), ("saved", ["--kl_reward_coeff=0", "--keep_features=True"])):
+        finish([sys.executable, "train_rl.py", *rest, *flags, f"--out_dir={tmp_path / name}"])
+    close_metrics(tmp_path / "saved", tmp_path / "whole")
+    assert read(tmp_path / "saved/samples.jsonl") == read(tmp_path / "whole/samples.jsonl")
+    assert read(tmp_path / "saved/eval.jsonl") == read(tmp_path / "whole/eval.jsonl")
 
 
 def test_bfloat16_compute_with_a_trained_tower_on_two_ranks(knobs, tmp_path):
