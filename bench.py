@@ -5,7 +5,8 @@
     python bench.py config/toy.py --against=trl                     # and TRL's GRPOTrainer (bench_trl.py)
     python bench.py config/toy.py --sizes="hidden_size=512 num_hidden_layers=8" --response_tokens=128   # random weights
 
-Takes every knob of train_rl.py besides its own, and times train_rl.py's own functions. One process, on a CPU or one GPU.
+Takes every knob of train_rl.py besides its own, and times train_rl.py's own functions, one after the other: without images
+read ahead, or while vLLM samples. One process, on a CPU or one GPU.
 Each side is a process of its own, so neither memory nor caches mix. They take turns, a step each, the others waiting: a
 machine that slows down slows all of them, and the ratios are of neighbours in time. Prints tables, writes JSON.
 
@@ -45,7 +46,7 @@ sizes = ""  # random weights in the shape of model's config but for these: 'num_
 response_tokens = 0  # every response has exactly so many tokens (EOS is banned); 0 = as they come, up to max_new_tokens
 frozen = True  # True sets learning_rate to 0: the same work, but responses keep their lengths from step to step
 eval_problems = 8  # problems of val_data in the part evaluation; 0 = no evaluation
-trl_rows = "16,64"  # TRL's per_device_train_batch_size: each of these that divides minibatch_size is run
+trl_rows = "16,64"  # TRL's per_device_train_batch_size: each that divides minibatch_size is run; 'default': see bench_trl.py
 trl_python = ""  # python that has TRL; '' = this one
 out = "out/bench.json"  # every step of every side, and the summary
 side = ""  # which side a child process is; set by bench.py itself
@@ -175,7 +176,7 @@ if __name__ == "__main__":
         c, total = SimpleNamespace(**config), warmup_steps + steps
         if side.startswith("trl"):
             import bench_trl  # here: it needs TRL, which the parent and the other sides do without
-            bench_trl.trl_steps(c, int(side.split()[1]), response_tokens > 0, total)
+            bench_trl.trl_steps(c, int(side.split()[1].replace("default", "0")), response_tokens > 0, total)
         else:
             our_steps(c, Plain if side == "plain" else Ours, response_tokens > 0, eval_problems)
         raise SystemExit
@@ -205,7 +206,8 @@ if __name__ == "__main__":
         config["max_new_tokens"] = response_tokens
     names = ["ours"] + ["plain"] * (against == "plain")
     if against == "trl":
-        fitting = [int(n) for n in trl_rows.split(",") if config["minibatch_size"] % int(n) == 0 and int(n) % 2 == 0]
+        fitting = [n for n in trl_rows.split(",")
+                   if n == "default" or (config["minibatch_size"] % int(n) == 0 and int(n) % 2 == 0)]
         if not fitting:
             raise UserError(f"trl_rows: no even number in {trl_rows!r} divides minibatch_size={config['minibatch_size']}")
         names += [f"trl {n}" for n in fitting]

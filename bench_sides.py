@@ -20,7 +20,7 @@ from configurator import UserError, version
 from data import Dataset, load_processor, order
 from distributed import end, start
 from evaluate import EVALS, evaluate
-from model import compute_dtype, encode, gather_weights, hub_name, load_config, load_policy, local_folder, on_meta
+from model import compute_dtype, encode, gather_weights, hub_name, keep_all, load_config, load_policy, local_folder, on_meta
 from reward import format_reward, judge_batch, language_reward
 from rollout import Sampling, banned_token_ids, eos_token_ids, open_engine, request_seed
 
@@ -259,6 +259,8 @@ def our_steps(c, Way, fixed_length, eval_problems):
     info = {"device": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine(),
             "dtype": str(dtype), "threads": torch.get_num_threads(), "parameters": sum(p.numel() for p in hf.parameters()),
             "versions": {p: version(p) for p in ("torch", "transformers", "trl")}}
+    if c.keep_features and Way is Ours and way.visual is not None:
+        keep_all(way.visual, train, range(len(train)))
     for step in turns(info):
         rate, meter = matrix_rate(world.device, dtype, *shape), Meter(world.device)
         with meter("data"):
@@ -308,9 +310,11 @@ def our_steps(c, Way, fixed_length, eval_problems):
         check = {"logprobs": logprobs[mask].tolist()[:48], "ref_logprobs": ref_logprobs[mask].tolist()[:48],
                  "entropy": entropy[mask].tolist()[:48], "losses": losses, "grad_norms": norms}  # for the tests
         flops = model_flops(hf, queries, lengths)
-        if Way is Plain:  # its tower runs there, and again wherever its model does, of which the model needs but one
-            flops["rollout"] += flops.pop("vision")
-        else:
+        if Way is Plain or way.visual is None or c.rollout == "vllm":  # the sampler has a tower of its own, and runs it
+            flops["rollout"] += flops["vision"]
+        if Way is Plain or way.visual is None:  # no part of its own: it runs wherever the model does, which needs but one
+            del flops["vision"]
+        if Way is Ours:
             flops["old_logprobs"] = model_flops(hf, queries[first:], lengths[first:])["old_logprobs"]
         report({"parts": meter.parts, "response_tokens": sum(lengths), "prompt_tokens": sum(len(x.ids) for x in queries),
                 "longest": max(lengths), "flops": flops, "matrix_rate": rate, "check": check})

@@ -4,7 +4,8 @@ What it is given as ours: the model folder, with the tower frozen; float32 or bf
 size; our judge and score; responses a step and updates; AdamW, clipping, KL term; the length of responses; whether language
 layers are recomputed in backward. What differs: it wants 2 responses to a prompt at least, so it has half as many prompts;
 it makes features of the image of each response, in each forward; it samples from the trained model, so there is no weight
-sync and one copy of the model less. Each of trl_rows is run, and the fastest counts.
+sync and one copy of the model less. Each of trl_rows is run, and the fastest counts. 'default' among them leaves to TRL's own
+defaults how it computes: 8 rows a batch, autocast to bfloat16, language layers recomputed in backward.
 """
 import os
 
@@ -14,7 +15,7 @@ import trl
 from transformers import AutoProcessor, TrainerCallback
 
 from bench_sides import Meter, now, open_data, report, rewards_of, turns
-from configurator import version
+from configurator import UserError, version
 from data import INSTRUCTION, order
 from model import compute_dtype, local_folder
 
@@ -24,7 +25,12 @@ def trl_steps(c, rows, fixed_length, total_steps):
     folder, updates = local_folder(c.model), c.batch_size // c.minibatch_size * c.ppo_epochs
     tokenizer, train, _ = open_data(c, folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bf16 = compute_dtype(c.dtype, device) == torch.bfloat16
+    how = dict(per_device_train_batch_size=rows, bf16=compute_dtype(c.dtype, device) == torch.bfloat16,
+               gradient_checkpointing=c.activation_checkpointing)
+    if not rows:
+        how, rows = {}, trl.GRPOConfig.per_device_train_batch_size
+        if c.minibatch_size % rows:
+            raise UserError(f"trl_rows: 'default' is {rows} rows, which do not divide minibatch_size={c.minibatch_size}")
     chosen = order(len(train), c.seed, 0)[:max(c.batch_size // 2, min(len(train), total_steps * c.batch_size // 2))]
     inputs = [train.inputs(i)._replace(pixel_values=None) for i in chosen]
     table = datasets.Dataset.from_list([
@@ -47,14 +53,14 @@ def trl_steps(c, rows, fixed_length, total_steps):
 
     settings = trl.GRPOConfig(
         output_dir=c.out_dir, report_to="none", save_strategy="no", logging_steps=10**6, disable_tqdm=True,
-        bf16=bf16, use_cpu=device.type == "cpu", seed=c.seed, shuffle_dataset=False,
+        use_cpu=device.type == "cpu", seed=c.seed, shuffle_dataset=False,
         max_steps=total_steps * updates, num_generations=2,
-        per_device_train_batch_size=rows, gradient_accumulation_steps=c.minibatch_size // rows,
+        gradient_accumulation_steps=c.minibatch_size // rows,
         steps_per_generation=c.batch_size // rows, num_iterations=c.ppo_epochs, max_completion_length=c.max_new_tokens,
         generation_kwargs={"min_new_tokens": c.max_new_tokens} if fixed_length else None, temperature=c.temperature,
         beta=c.kl_loss_coeff, epsilon=c.clip_low, epsilon_high=c.clip_high, loss_type="grpo", learning_rate=c.learning_rate,
         lr_scheduler_type="constant", adam_beta1=c.adam_beta1, adam_beta2=c.adam_beta2, adam_epsilon=c.adam_eps,
-        weight_decay=c.weight_decay, max_grad_norm=c.clip_grad_norm, gradient_checkpointing=c.activation_checkpointing,
+        weight_decay=c.weight_decay, max_grad_norm=c.clip_grad_norm, **how,
         model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"}, dataloader_pin_memory=False)
 
     class Turns(TrainerCallback):

@@ -32,10 +32,8 @@ def check_rl(config):
     one_of(config, "rollout_ahead", 0, 1)
     if config["rollout_ahead"] and (config["rollout"] != "vllm" or config["old_logprobs"] != "trainer"):
         raise UserError("config: rollout_ahead=1 needs rollout='vllm', as the other engine samples in the process that "
-                        "trains, and old_logprobs='trainer', since the engine's are of an older policy")
-    if config["keep_features"] and (config["train_connector"] or config["train_vit"]):
-        raise UserError("config: keep_features=True needs a frozen tower; set train_connector and train_vit to False, as the "
-                        "features change with them")
+                        "trains, and old_logprobs='trainer', since the engine's are of an older policy; pass --rollout=vllm "
+                        "--old_logprobs=trainer")
     batch_size, minibatch_size = config["batch_size"], config["minibatch_size"]
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % minibatch_size or minibatch_size % world_size:

@@ -268,7 +268,7 @@ class Dataset:
         return len(self.samples)
 
     def inputs(self, i, pixels=True):
-        """Inputs of sample i. The image is read from disk each time: nothing is kept. pixels=False leaves pixel_values None,
+        """Inputs of sample i. The image is read from disk each time. pixels=False leaves pixel_values None,
         for an engine that makes its own."""
         sample = self.samples[i]
         prompt, image = prompt_text(self.tokenizer, sample.question), read_image(sample.image, *self.pixels)

@@ -1,6 +1,7 @@
 """The policy: a Qwen2-VL or Qwen2.5-VL language model that gives log-probabilities of responses, sharded by FSDP2.
 
     load_policy    config -> modules on the meta device -> sharded -> filled from safetensors, one tensor at a time
+    encode         rows of a dataset -> token ids and image features, by a frozen vision tower
     Policy         token ids, positions and image features -> log-probabilities and entropy of the response tokens
     gather_weights, save_checkpoint    sharded parameters -> full tensors under the hub's names -> a folder
 
@@ -23,6 +24,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from configurator import UserError
+from data import open_readers
+from watch import progress
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 # elements of a (tokens, vocabulary) block of logits. on a CPU 64 MB in float32, 110 tokens of Qwen's; on a GPU 512 MB:
@@ -125,12 +128,16 @@ def encode(visual, dataset, rows, known=(), read=None):
     return queries
 
 
-def keep_all(visual, dataset):
-    """Fills dataset.kept with all its rows, in CPU memory. All at once: chunks of other rows would round differently, and a
-    resumed run would not be the unbroken one."""
-    for i in range(0, len(dataset), IMAGES_IN_MEMORY):
-        queries = encode(visual, dataset, range(i, min(i + IMAGES_IN_MEMORY, len(dataset))))
-        dataset.kept |= {row: query._replace(image=query.image.cpu()) for row, query in queries.items()}
+def keep_all(visual, dataset, rows):
+    """Fills dataset.kept with those rows, in CPU memory. All at once: features made with those of other rows would be
+    rounded differently, and a resumed run would not be the unbroken one."""
+    with open_readers() as readers:
+        for i in range(0, len(rows), IMAGES_IN_MEMORY):
+            chunk = rows[i:i + IMAGES_IN_MEMORY]
+            read = dict(zip(chunk, readers.map(dataset.inputs, chunk)))
+            dataset.kept |= {row: query._replace(image=query.image.cpu())
+                             for row, query in encode(visual, dataset, chunk, read=read.get).items()}
+            progress()
 
 
 def encode_images(visual, images, max_patches=PATCHES_PER_CHUNK):
@@ -156,7 +163,7 @@ class Policy(torch.nn.Module):
     """A language model over text and image features. It is the FSDP root: call it, not its parts.
 
     Tied embeddings are one parameter here (there is no lm_head), so no sharding or loading can untie them.
-    visual is None while the tower is frozen: then its features come in from outside, made once a step."""
+    visual is None while the tower is frozen: then its features come in from outside, see encode."""
 
     def __init__(self, hf, banned_ids=(), with_visual=False):
         super().__init__()

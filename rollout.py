@@ -1,4 +1,4 @@
-"""Response collection: two engines behind the same three methods, generate, load_weights and close.
+"""Response collection: two engines behind the same methods, generate (or start and collect), load_weights and close.
 
     engine = open_engine("hf", model_dir, torch.float32, world, eos_ids, banned_ids, max_model_len=2048)
     completions = engine.generate(dataset, indices, seeds, Sampling(1.0, 1.0, 512))   # one Completion per index
@@ -166,10 +166,13 @@ class HFEngine:
 
     def generate_batch(self, queries, seeds, sampling):
         """Completions for queries that fit in memory together."""
-        query_ids, grids, features = zip(*queries)
-        limits = [min(sampling.max_new_tokens, self.max_model_len - len(q)) for q in query_ids]
+        limits = [min(sampling.max_new_tokens, self.max_model_len - len(query.ids)) for query in queries]
         n = max(limits)
-        assert min(limits) > 0, f"a query of {max(map(len, query_ids))} tokens leaves no room in {self.max_model_len=}"
+        assert min(limits) > 0, f"a query is {1 - min(limits)} tokens too long for {self.max_model_len=}"
+        different = {id(query): query for query in queries}  # responses to one query share its way through the model
+        number = {key: i for i, key in enumerate(different)}
+        line = torch.tensor([number[id(query)] for query in queries], device=self.device)  # (rows,)
+        query_ids, grids, features = zip(*different.values())
         # one uniform per (request, position), whatever else is in the batch
         uniforms = torch.from_numpy(np.stack([np.random.default_rng(s).random(n) for s in seeds])).to(self.device)
         pad_id = self.eos_ids[0].item()
@@ -193,6 +196,10 @@ class HFEngine:
             advance(text, embeds[part], positions[:, part], torch.minimum(bias[part, ..., :Q], causal),
                     [kv[:, part] for kv in cache], 0) for part in (slice(i, i + few) for i in range(0, B, few))])
 
+        if len(line) > B:
+            for i, kv in enumerate(cache):  # one layer at a time: no second cache in memory
+                cache[i] = kv[:, line]
+            B, hidden, bias, position = len(line), hidden[line], bias[line], position[line]
         tokens = torch.full((B, n), pad_id, device=self.device)
         logprobs = torch.zeros((B, n), device=self.device)
         limits = torch.tensor(limits, device=self.device)
@@ -212,7 +219,7 @@ class HFEngine:
                 lengths[lengths == 0] = t + 1
                 break
             if len(live) <= 0.75 * len(row):  # ended rows leave the batch and the cache; a few are cheaper to keep
-                for i, kv in enumerate(cache):  # one layer at a time: no second cache in memory
+                for i, kv in enumerate(cache):
                     cache[i] = kv[:, live]
                 row, bias, token, position = row[live], bias[live], token[live], position[live]
             hidden = advance(text, text.embed_tokens(token[:, None]), position.expand(3, -1)[..., None],

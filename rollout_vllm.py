@@ -56,8 +56,11 @@ class VLLMEngine:
         return together(self.group, "vLLM's process: ")
 
     def wait_for_vllm(self, act):
-        """What act() returns; None if vLLM's process is gone, or goes meanwhile: then died says how. On the leader. In a
-        thread, which stays behind if the process does not come back."""
+        """What act() returns; None if vLLM's process is gone, or goes meanwhile: then died says how. On the leader."""
+        return self.finish(*self.begin(act))
+
+    def begin(self, act):
+        """Calls act() in a thread, which stays behind if vLLM's process does not come back. Returns what finish takes."""
         outcome = []  # (result, error)
 
         def call():
@@ -67,10 +70,15 @@ class VLLMEngine:
                 outcome.append((act(), None))
             except Exception as error:
                 outcome.append((None, error))
+        thread = threading.Thread(target=call, daemon=True, name="vllm")
+        if not self.died:
+            thread.start()
+        return thread, outcome
+
+    def finish(self, thread, outcome):
+        """What wait_for_vllm returns, of a call that has begun."""
         if self.died:
             return None
-        thread = threading.Thread(target=call, daemon=True, name="vllm")
-        thread.start()
         while thread.is_alive() and not self.end_of_process():
             thread.join(0.1)
         result, error = outcome[0] if outcome else (None, None)
@@ -103,15 +111,15 @@ class VLLMEngine:
         return self.collect()
 
     def start(self, dataset, indices, seeds, sampling):
-        """Hands over the requests of all ranks and returns: vLLM's process samples while this one does something else."""
+        """Begins to hand over the requests of all ranks, and returns: vLLM's process samples while this one does something
+        else. What goes wrong shows in collect."""
         assert len(indices) == len(seeds) and not self.busy, f"{len(indices)=} {len(seeds)=} {self.busy=}"
         requests = gather_json([list(map(int, indices)), list(map(int, seeds))], self.group)
         self.counts = [len(i) for i, _ in requests]
         self.requests = [(i, s) for rank in requests for i, s in zip(*rank)]
-        with self.agreement():
-            if self.leader:
-                self.inputs = self.wait_for_vllm(lambda: self.enqueue(dataset, sampling))
         self.busy = True
+        if self.leader:
+            self.handing_over = self.begin(lambda: self.enqueue(dataset, sampling))
 
     def enqueue(self, dataset, sampling):
         """{index: Inputs} of the requests, which vLLM's process has now. On the leader."""
@@ -142,6 +150,7 @@ class VLLMEngine:
         nothing = [Completion([self.eos_ids[0]], [0.0], "stop")] * len(flat)  # the caller throws it away
         with self.agreement():
             if self.leader:
+                self.inputs = self.finish(*self.handing_over)
                 outputs = self.wait_for_vllm(lambda: self.outputs(interrupted)) or nothing
         self.tell_all()
         # the leader's answer to all ranks, flat, as tensors: length and finish of each request, then ids and logprobs

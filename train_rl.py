@@ -89,9 +89,9 @@ weight_decay = 0.01  # AdamW's, times the learning rate
 clip_grad_norm = 1.0  # longer gradients are scaled to this norm; 0 turns it off
 train_llm = True  # True trains the language model
 train_connector = False  # True trains the merger between tower and language model
-train_vit = False  # True trains the vision tower; while it and the merger are frozen, features are made once a step
+train_vit = False  # True trains the vision tower; while it and the merger are frozen, see keep_features
 dtype = "auto"  # compute: 'float32', 'bfloat16', or 'auto' (bfloat16 on GPU, float32 on CPU); master weights are float32
-keep_features = False  # True makes a frozen tower's features of all images at the start and keeps them, in CPU memory
+keep_features = False  # True makes a frozen tower's features of all images at the start, and keeps them in CPU memory
 activation_checkpointing = True  # True recomputes each language layer in backward: less memory, a third more compute
 # what is written
 eval_every_epochs = 1  # evaluate after every so many epochs, before the first step and after the last; 0 = never
@@ -201,7 +201,7 @@ def minibatch_gradient(policy, trajectory, advantages, minibatch, responses, tok
         new_logprobs, entropy = policy(part.query_responses, part.position_ids, part.attention_mask,
                                  [trajectory.image_features[i] for i in rows], part.response_mask, temperature,
                                  with_entropy=fill)
-        if fill:
+        if fill and real:
             trajectory.logprobs[rows, :R], trajectory.entropy[rows, :R] = new_logprobs.detach(), entropy
         logprobs = trajectory.logprobs[rows, :R]
         pg_loss, kl_loss, ratio, clipped = policy_loss(new_logprobs, logprobs, trajectory.ref_logprobs[rows, :R],
@@ -288,17 +288,21 @@ if __name__ == "__main__":
               f"{updates_per_step} updates; {sum(p.numel() for p in trained):,} parameters trained on "
               f"{world.world_size} processes")
 
-    def queries(step):
-        """The rows of the step that are this rank's, a function of (seed, epoch), and the seeds of their requests. Row p of
-        the step belongs to rank p % world_size: no minibatch depends on the ranks."""
+    def rows_of(step):
+        """The rows of the step that are this rank's, a function of (seed, epoch). Row p of the step belongs to rank
+        p % world_size: no minibatch depends on the ranks."""
         epoch, batch = divmod(step - 1, steps_per_epoch)
-        rows = mine_of(order(len(train), seed, epoch)[batch * batch_size:][:batch_size], world)
-        return rows, [request_seed(seed, step, train.samples[i].id, 0) for i in rows]
+        return mine_of(order(len(train), seed, epoch)[batch * batch_size:][:batch_size], world)
+
+    def queries(step):
+        """Those rows and the seeds of their requests."""
+        return rows_of(step), [request_seed(seed, step, train.samples[i].id, 0) for i in rows_of(step)]
 
     readers, reading = open_readers(), {}  # row -> the Future of its Inputs, pixels included
 
     def read_ahead(rows):
-        """Begins to read the images of rows, in threads, but for those whose features are kept."""
+        """Begins to read the images of rows, in threads, but for those whose features are kept. Their pixels wait in memory,
+        24 MB each at the largest size."""
         for i in rows:
             if i not in reading and i not in train.kept:
                 reading[i] = readers.submit(train.inputs, i)
@@ -354,9 +358,11 @@ if __name__ == "__main__":
         raise UserError(f"trainer and engine disagree: mean |logprob difference| {difference:.3g} > {max_logprob_diff=}; "
                         "check that both read the same model folder, the engine's dtype, and the versions in "
                         "requirements.txt (M-RoPE)")
-    if keep_features:
-        for dataset in (train, *datasets.values()):
-            keep_all(visual, dataset)
+    if keep_features and visual is not None:
+        now_at("features of all images")
+        keep_all(visual, train, range(len(train)))
+        for dataset in datasets.values() if rollout == "hf" else ():  # of these this process samples its own rows alone
+            keep_all(visual, dataset, range(world.rank, len(dataset), world.world_size))
     engine.interrupted = lambda: stop.signal
     if eval_every_epochs and not state["evaluated"]:
         evaluate_all(first_step - 1)
@@ -402,8 +408,8 @@ if __name__ == "__main__":
             # this step begins with. what it samples is one step's updates old when it is trained on, and corrected for
             engine.load_weights(gather_weights(policy, precision))
             engine.start(train, *queries(step + 1), sampling)
-        if step < steps:
-            read_ahead(queries(step + 1)[0])  # while this step is trained on
+        if step < steps and visual is not None:  # else this step's pixels are still there
+            read_ahead(rows_of(step + 1))  # while this step is trained on
         responses = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
         t_rollout = time.perf_counter()
 
@@ -419,10 +425,9 @@ if __name__ == "__main__":
                                                for name in ("logprobs", "ref_logprobs", "entropy"))
         else:
             logprobs, entropy = rollout_logprobs.clone(), torch.zeros_like(rollout_logprobs)
-            if old_logprobs == "trainer":
-                first = local_minibatch if fill else 0  # rows before it: see fill
+            if old_logprobs == "trainer":  # of all rows but the first update's, see fill
                 logprobs, entropy = response_logprobs(policy, batch, image_features, max_tokens_per_microbatch, temperature,
-                                                      first=first)
+                                                      first=local_minibatch * fill)
             ref_logprobs = logprobs  # without a reference: no distance to it
             if reference is not None:
                 ref_logprobs, _ = response_logprobs(reference, batch, image_features, max_tokens_per_microbatch, temperature,
@@ -512,13 +517,14 @@ if __name__ == "__main__":
         t_sync = time.perf_counter()
 
         # log: every number is over all responses and tokens of the step, on all ranks ----------------------------------
-        seen = mask.clone()  # tokens whose log-probabilities are the trainer's own
+        usable = mask & torch.tensor([not names for names in broken], device=world.device)[:, None]
+        own = usable.clone()  # tokens whose log-probabilities are the trainer's
         if old_logprobs == "engine":
-            seen[local_minibatch if fill else 0:] = False
-        difference = (trajectory.logprobs - trajectory.rollout_logprobs).abs() * seen
-        kl = k3(trajectory.logprobs, trajectory.ref_logprobs) * mask
-        tokens, seen, difference, kl, entropy = all_sum([
-            x.double().sum().item() for x in (mask, seen, difference, kl, trajectory.entropy)]).tolist()
+            own[local_minibatch * fill:] = False
+        difference = (trajectory.logprobs - trajectory.rollout_logprobs).abs()
+        kl = k3(trajectory.logprobs, trajectory.ref_logprobs)
+        tokens, usable_tokens, own_tokens, difference, entropy, kl = all_sum([x.double().sum().item() for x in (
+            mask, usable, own, difference[own], trajectory.entropy[own], kl[usable])]).tolist()
         records = gather_rows(records)
 
         def mean(values):
@@ -535,12 +541,12 @@ if __name__ == "__main__":
             **reflection_metrics(tally([r["response"] for r in records], [r["correct"] for r in records])),
             "policy/loss": made["pg_loss"] + kl_loss_coeff * made["kl_loss"] if made else None,
             "policy/pg_loss": made.get("pg_loss"), "policy/kl_loss": made.get("kl_loss") if reference is not None else None,
-            "policy/entropy": entropy / seen if seen else None,
+            "policy/entropy": entropy / own_tokens if own_tokens else None,
             **{f"policy/{name}": made.get(name) for name in ("ratio", "clipfrac", "approx_kl")},
             "policy/grad_norm": sum(grad_norms) / len(grad_norms) if grad_norms else None,
             "policy/lr": optimizer.param_groups[0]["lr"], "policy/updates": len(grad_norms), "policy/skipped": skipped,
-            "rollout/logprob_diff": difference / seen if seen else None,
-            "rollout/kl": kl / tokens if reference is not None else None,
+            "rollout/logprob_diff": difference / own_tokens if own_tokens else None,
+            "rollout/kl": kl / usable_tokens if reference is not None and usable_tokens else None,
             "judge/errors": sum(bool(r["error"]) for r in records),
             **{f"judge/{name}": sum(r["error"] == error for r in records)
                for name, error in (("timeouts", "timeout"), ("unreadable", "unreadable"))},

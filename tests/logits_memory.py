@@ -46,7 +46,7 @@ if __name__ == "__main__":
     queries, responses = [[10, 3, 6, 6, 6, 6, 4, 11]] * 4, torch.randint(8, 151_936, (4, 512)).tolist()
     batch = batching.pack(policy, queries, responses, [grid] * 4, 0, "cpu")
     features = model.encode_images(visual, [model.ImageInput(torch.randn(16, 1176), grid)] * 4)
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], 1e-6)
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], 1e-6, fused=True)
     before = peak_kb()
     logprobs, _ = policy(batch.query_responses, batch.position_ids, batch.attention_mask, features, batch.response_mask, 1.0)
     logprobs.mean().backward()
