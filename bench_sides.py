@@ -312,7 +312,7 @@ def our_steps(c, Way, fixed_length, eval_problems):
         flops = model_flops(hf, queries, lengths)
         if Way is Plain or way.visual is None or c.rollout == "vllm":  # the sampler has a tower of its own, and runs it
             flops["rollout"] += flops["vision"]
-        if Way is Plain or way.visual is None:  # no part of its own: it runs wherever the model does, which needs but one
+        if Way is Plain or way.visual is None or train.kept:  # not a part of its own here, or done before the steps
             del flops["vision"]
         if Way is Ours:
             flops["old_logprobs"] = model_flops(hf, queries[first:], lengths[first:])["old_logprobs"]

@@ -201,7 +201,7 @@ def test_kept_features_need_no_image(setup, monkeypatch):
     folder, dataset, engine, eos, banned = setup
     expected = engine.generate(dataset, [3, 4, 3, 5], seeds(4), T1)
     monkeypatch.setattr(dataset, "kept", {})
-    model.keep_all(engine.model.model.visual, dataset)
+    model.keep_all(engine.model.model.visual, dataset, range(len(dataset)))
     assert dataset.kept.keys() == set(range(len(dataset)))
     monkeypatch.setattr(dataset, "inputs", None)
     again = engine.generate(dataset, [3, 4, 3, 5], seeds(4), T1)

@@ -1,7 +1,7 @@
-# argv: ['train_rl.py', 'config/toy.py', '--seed=2', '--out_dir=out/toy-2']
+# argv: ['train_rl.py', 'config/toy.py', '--seed=2', '--overwrite=True', '--out_dir=out/toy-2']
 # processes: 1
 # versions: python 3.11.7, torch 2.13.0+cpu, transformers 5.19.0, vllm not installed
-# git commit: 8c1b142477c79831b2ee39ed533a04444c664b78
+# git commit: 1942ca15e5f17be4342ed00c52132158add92d8c
 
 out_dir = 'out/toy-2'
 seed = 2
@@ -30,6 +30,7 @@ gamma = 1.0
 kl_loss_coeff = 0.001
 kl_reward_coeff = 0.0
 loss_agg = 'seq_mean'
+old_logprobs = 'engine'
 language_reward_coeff = 0.1
 format_reward_coeff = 0.0
 no_eos_score = -0.1
@@ -44,13 +45,14 @@ train_llm = True
 train_connector = False
 train_vit = False
 dtype = 'auto'
+keep_features = True
 activation_checkpointing = False
 eval_every_epochs = 1
 save_every_steps = 0
 save_every_minutes = 0
 keep_checkpoints = 3
 init_from = 'pretrained'
-overwrite = False
+overwrite = True
 save_samples = 16
 logger = 'none'
 max_skipped_updates = 8
