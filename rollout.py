@@ -1,224 +1,226 @@
-"""Response collection: two engines behind the same methods, generate (or start and collect), load_weights and close.
+"""Response collection: two engines with one face, and the check that engine and trainer agree.
 
-    engine = open_engine("hf", model_dir, torch.float32, world, eos_ids, banned_ids, max_model_len=2048)
-    completions = engine.generate(dataset, indices, seeds, Sampling(1.0, 1.0, 512))   # one Completion per index
-    engine.load_weights(named_tensors)                                                # hub names, full tensors
+    engine.start(dataset, rows, seeds, Sampling(1.0, 1.0, 512))  # begins to sample; rows travel, not pictures
+    completions = engine.collect()                               # one Completion a row, in their order
+    engine.load_weights(named_tensors)                           # hub names, full tensors
 
-HFEngine: each process samples its own rows with its own unsharded copy of the model; right for small models.
-VLLMEngine (rollout_vllm.py): each node has one vLLM in a process of its own, on the GPU after the training ones (or its CPU
-build).
-The node's first process owns it; the others send it indices and seeds and get token ids back. Every process can read
-the dataset, so no image travels.
+HFEngine (here): each process samples its own rows with its own unsharded copy of the model; for small models.
+VLLMEngine (rollout_vllm.py): each node has one vLLM, on the GPU after the training ones.
 
-All methods are collective: every rank calls them in the same order, with rows of its own (none is fine). Both engines
-sample from the same distribution, softmax(logits / temperature) over the ids that are not banned, cut to the top_p
-nucleus; no penalty, no top_k, nothing from the checkpoint's generation_config.json but its EOS ids. Each request has a
-seed of its own, so its tokens depend neither on the batch nor on the number of ranks. For one seed the engines differ.
-
-Logprobs are those of the distribution at top_p 1, which training uses. With top_p below 1 vLLM renormalises them over
-the nucleus and HFEngine does not: they are then for reading only.
+All methods are collective: every rank calls them in the same order, with rows of its own (none is fine). Both
+engines sample from softmax(logits / temperature) over the ids that are not banned, cut to the top_p nucleus,
+with no penalty and no top_k. A request has a seed of its own: its tokens depend neither on the batch nor on
+the number of ranks. For one seed the engines differ. Logprobs are those at top_p 1, which training uses.
 """
-import hashlib
-import json
-import multiprocessing
-import os
-import pathlib
-import shutil
-import signal
-import tempfile
-import threading
-import time
-from typing import NamedTuple
+import functools
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForImageTextToText
 
 from configurator import UserError
-from decode import advance, empty_cache
-from distributed import all_max
-from model import encode, hub_name
-from watch import progress, running
+from data import Completion, request_seed
+from distributed import all_sum
+from model import encode, hub_name, make_sequence, response_logprobs
+from rollout_vllm import VLLMEngine
 
-VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-MAX_BATCH_TOKENS = 65536  # HF: rows x (query + response) of one batch: bounds the KV cache (3.8 GB for 7B, bf16)
-PREFILL_TOKENS = 2048  # HF: query tokens that go through the model at once; more leave a CPU's caches
-FOLDER = "nanomaye-weights-"  # vLLM: and its owner's pid, of the folders that a weight sync goes through
-OWNER = "NANOMAYE_ENGINE_OWNER"  # environment of the engine's processes: pid of the process they must not outlive
+MAX_LOGPROB_DIFF = 0.1  # nats a token: more before the first step, and the run is stopped
+CPU_BATCH_TOKENS = 1 << 16  # rows x (query + response) of one batch: bounds the cache of keys and values
+PREFILL_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 14}  # query tokens at once; more leave a CPU's caches
 
 
-class Sampling(NamedTuple):
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-
-
-class Completion(NamedTuple):
-    token_ids: list  # of int; the EOS that ended it included
-    logprobs: list  # of float, one a token: log_softmax(logits / temperature), banned ids at -inf
-    finish_reason: str  # 'stop': an EOS was sampled, 'length': max_new_tokens or max_model_len reached
-
-
-def request_seed(seed, step, sample_id, k) -> int:
-    """63 bits that depend on nothing but the arguments: the k-th response to one sample at one step of a run."""
-    digest = hashlib.sha256(f"{seed} {step} {k} {sample_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def banned_token_ids(tokenizer) -> list:
-    """Ids of the vision tokens. A sampled <|image_pad|> would be taken for an image by every later forward."""
-    vocabulary = tokenizer.get_vocab()
-    return sorted(vocabulary[token] for token in VISION_TOKENS if token in vocabulary)
-
-
-def eos_token_ids(tokenizer, model_dir) -> list:
-    """Ids that end a response: the tokenizer's EOS and those of generation_config.json (two in Qwen's chat models)."""
-    ids, path = {tokenizer.eos_token_id}, pathlib.Path(model_dir) / "generation_config.json"
-    if path.exists():
-        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        ids |= set(eos) if isinstance(eos, list) else {eos}
-    return sorted(ids - {None})
-
-
-def open_engine(kind, model_dir, dtype, world, eos_ids, banned_ids, max_model_len, gpu_memory_utilization, seed):
-    """The engine named kind ('hf' or 'vllm') with the weights in model_dir. Collective; raises UserError."""
+def open_engine(kind, model_dir, dtype, world, eos_ids, banned_ids, max_model_len, gpu_memory_utilization=0.8,
+                trains=True):
+    """The engine named kind ('hf' or 'vllm') with the weights in model_dir. max_model_len: tokens of a query
+    and its response. trains=False: nothing trains, so vLLM may have this process's GPU. A collective."""
     if kind == "hf":
-        return HFEngine(model_dir, dtype, world, eos_ids, banned_ids, max_model_len)
+        return HFEngine(model_dir, dtype, world, eos_ids, banned_ids)
     if kind == "vllm":
-        from rollout_vllm import VLLMEngine  # which imports this file
-        return VLLMEngine(model_dir, dtype, world, eos_ids, banned_ids, max_model_len, gpu_memory_utilization, seed)
-    raise UserError(f"rollout must be 'vllm' or 'hf', got {kind!r}")
+        return VLLMEngine(model_dir, dtype, world, eos_ids, banned_ids, max_model_len, gpu_memory_utilization,
+                          trains)
+    raise UserError(f"config: rollout must be 'vllm' or 'hf', got {kind!r}")
 
 
-def check_alive(engine):
-    """UserError on all ranks if the process of an engine has died: for callers that have no run to save. A collective."""
-    if all_max(bool(engine.died)):
-        raise UserError(f"the engine's process died ({engine.died or 'on another node'}); out of memory?")
+def check_parity(engine, policy, visual, dataset, world, sampling, max_tokens):
+    """Prints the mean |trainer logprob - engine logprob| over the tokens of four responses on each rank, and
+    raises a UserError when it is over MAX_LOGPROB_DIFF. A collective."""
+    rows = [(world.rank + i * world.world_size) % len(dataset) for i in range(4)]
+    seeds = [request_seed(0, "parity", dataset.samples[row].id, k) for k, row in enumerate(rows)]
+    completions = engine.generate(dataset, rows, seeds, sampling)
+    queries = encode(visual, dataset, rows)  # by this process's own tower, to be compared with the engine's
+    sequences = [make_sequence(queries[row], c.token_ids) for row, c in zip(rows, completions)]
+    logprobs = response_logprobs(policy, sequences, max_tokens, sampling.temperature)
+    theirs = pad_sequence([torch.tensor(c.logprobs) for c in completions], batch_first=True)
+    difference = (logprobs - theirs.to(logprobs.device)).abs()
+    total, count = all_sum([difference.sum().item(), sum(len(c.logprobs) for c in completions)]).tolist()
+    if world.rank == 0:
+        print(f"before the first step: rollout/logprob_diff {total / count:.1e} nats a token", flush=True)
+    if not total / count <= MAX_LOGPROB_DIFF:
+        raise UserError(f"trainer and engine disagree by over {MAX_LOGPROB_DIFF} nats a token: check the "
+                        "engine's dtype, the versions in requirements.txt, that both read one model folder")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# HF: a decode loop over the model's own weights
+# ------------------------------------------------------------------------------------------------------------
+# the language model as the sampler runs it: new tokens of many rows, behind a cache that is written in place.
+# the same parameters and numbers as transformers' own forward, without its work for each token around the
+# matrix products, which costs more than they do on a small model
+
+def empty_cache(text, rows, columns):
+    """A list of one (2, rows, key-value heads, columns, head dim) tensor a layer: keys and values."""
+    attention, heads = text.layers[0].self_attn, text.config.num_key_value_heads
+    shape = 2, rows, heads, columns, attention.head_dim
+    return [attention.k_proj.weight.new_empty(shape) for _ in text.layers]
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding: x (B, n, heads, D), cos and sin (B, n, 1, D), as the model's own rotary_emb makes
+    them."""
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+def advance(text, embeds, positions, bias, cache, start):
+    """The last of n new tokens' hidden states, (B, H); their keys and values go to columns start .. start + n
+    of the cache. embeds (B, n, H); positions (3, B, n) M-RoPE; bias (B, 1, 1 or n, start + n) is added to the
+    attention's scores: 0 where a token sees a column."""
+    B, n, _ = embeds.shape
+    x, end = embeds, start + n
+    cos, sin = (part[:, :, None] for part in text.rotary_emb(x, positions))  # of all layers
+    for layer, kv in zip(text.layers, cache):
+        attention, y = layer.self_attn, layer.input_layernorm(x)
+        q, k, v = (project(y).view(B, n, -1, attention.head_dim)
+                   for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+        keys, values = kv[:, :, :, :end]
+        keys[:, :, start:] = rotate(k, cos, sin).transpose(1, 2)
+        values[:, :, start:] = v.transpose(1, 2)
+        # the G query heads of a key and value head stand in its rows, as more queries: nothing is copied
+        q = rotate(q, cos, sin).view(B, n, keys.shape[1], -1, attention.head_dim).permute(0, 2, 3, 1, 4)
+        several = bias if n == 1 else bias.repeat(1, 1, q.shape[2], 1)
+        y = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, several)
+        x = x + attention.o_proj(y.view(q.shape).permute(0, 3, 1, 2, 4).reshape(B, n, -1))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return text.norm(x[:, -1])
+
 
 def draw(logits, uniforms, banned_ids, temperature, top_p):
-    """One token a row by inverse CDF, and its logprob before top_p. logits (B, V), uniforms (B,) float64 in [0, 1)
-    -> tokens (B,) int64, logprobs (B,) float32."""
-    logits = logits.float() / temperature
-    logits[:, banned_ids] = -torch.inf
+    """One token a row by inverse CDF, and its logprob before top_p. logits (B, V), uniforms (B,) float64 in
+    [0, 1) -> tokens (B,) int64, logprobs (B,) float32."""
+    logits = (logits.float() / temperature).index_fill_(1, banned_ids, -torch.inf)
     logprobs = logits.log_softmax(-1)
     probs = logprobs.exp()
     if top_p < 1:
-        probs = probs.double()
-        largest, order = probs.sort(dim=-1, descending=True, stable=True)
-        largest[largest.cumsum(-1) - largest >= top_p] = 0  # a token stays if those before it have less than top_p
-        probs = torch.zeros_like(probs).scatter_(-1, order, largest)
+        largest, order = probs.double().sort(dim=-1, descending=True, stable=True)
+        largest[largest.cumsum(-1) - largest >= top_p] = 0  # before one that stays is less than top_p
+        probs = torch.zeros_like(largest).scatter_(-1, order, largest)
     cdf = probs.cumsum(-1, dtype=torch.float64)
-    # the first id whose cdf exceeds the uniform: never one of probability 0. float32 sums differ by 1e-7 between batch
-    # shapes; only a uniform that close to a step of the cdf could make another token of that
+    # the first id whose cdf exceeds the uniform: never one of probability 0
     tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[1] - 1)
     return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
 
 
-def left_pad(rows, value):
-    """Lists of ints -> (B, longest) int64, padded on the left with value."""
-    longest = max(map(len, rows))
-    return torch.tensor([[value] * (longest - len(row)) + row for row in rows])
-
-
 class HFEngine:
     """The transformers model itself, one unsharded copy in each process."""
-    busy = False  # whether it samples on its own: only vLLM, in its own process, can
-    died = ""  # how its process ended, if it has one and that is gone: what generate gives then is to be thrown away
-    interrupted = staticmethod(lambda: False)  # a run that may be told to stop sets it to what says so
 
-    def __init__(self, model_dir, dtype, world, eos_ids, banned_ids, max_model_len, max_batch_tokens=MAX_BATCH_TOKENS):
-        self.model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa")
+    def __init__(self, model_dir, dtype, world, eos_ids, banned_ids):
+        self.model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=dtype)
         self.model.eval().requires_grad_(False).to(world.device)
-        self.device, self.max_model_len, self.max_batch_tokens = world.device, max_model_len, max_batch_tokens
+        self.device = world.device
         self.eos_ids = torch.tensor(eos_ids, device=world.device)
         self.banned_ids = torch.tensor(banned_ids, dtype=torch.int64, device=world.device)
-        # duplicates kept: a tied lm_head.weight arrives under its own name and lies in the embedding's storage
-        self.parameters = {hub_name(name): p for name, p in self.model.named_parameters(remove_duplicate=False)}
+        # duplicates kept: a tied lm_head.weight comes by its own name into the embedding's storage
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        self.parameters = {hub_name(name): parameter for name, parameter in parameters}
 
-    def start(self, *request):
-        """The arguments of generate: this engine samples in the caller's process, so not before collect."""
-        self.request = request
+    def start(self, dataset, rows, seeds, sampling, queries=None):
+        """Keeps the request: this engine samples in the caller's process, so not before collect. queries:
+        {row: Query}
+    of the caller, so that no picture is read twice, nor encoded twice by a frozen tower."""
+        self.request = dataset, rows, seeds, sampling, queries
 
-    def collect(self, known=()):
-        return self.generate(*self.request, known)
-
-    @torch.no_grad()
-    def generate(self, dataset, indices, seeds, sampling, known=()):
-        """A Completion for each of indices, in their order. Logprobs are those before top_p.
-        known: {index: Query} from a caller whose tower has the same weights, so that no image is read or encoded twice."""
-        assert len(indices) == len(seeds), f"{len(indices)=} {len(seeds)=}"
-        queries = encode(self.model.model.visual, dataset, indices, known)
-        # longest first: rows of one batch are about equally long, and what does not fit shows at once
-        queue = sorted(range(len(indices)), key=lambda r: (-len(queries[indices[r]].ids), indices[r], r))
-        completions = [None] * len(indices)
-        while queue:
-            length = len(queries[indices[queue[0]]].ids) + sampling.max_new_tokens
-            size = max(1, self.max_batch_tokens // length)
-            batch, queue = queue[:size], queue[size:]
-            done = self.generate_batch([queries[indices[r]] for r in batch], [seeds[r] for r in batch], sampling)
+    def collect(self):
+        """A Completion for each of the rows that start was given, in their order."""
+        dataset, rows, seeds, sampling, queries = self.request
+        queries = encode(self.model.model.visual, dataset, rows, queries)
+        # longest first: a batch's rows are about equally long, and what does not fit in memory shows soon
+        waiting = sorted(range(len(rows)), key=lambda r: (-len(queries[rows[r]].ids), rows[r], r))
+        completions = [None] * len(rows)
+        while waiting:
+            length = len(queries[rows[waiting[0]]].ids) + sampling.max_new_tokens
+            size = max(1, self.batch_tokens() // length)
+            batch, waiting = waiting[:size], waiting[size:]
+            done = self.sample([queries[rows[r]] for r in batch], [seeds[r] for r in batch], sampling)
             for r, completion in zip(batch, done):
                 completions[r] = completion
         return completions
 
-    def generate_batch(self, queries, seeds, sampling):
-        """Completions for queries that fit in memory together."""
-        limits = [min(sampling.max_new_tokens, self.max_model_len - len(query.ids)) for query in queries]
-        n = max(limits)
-        assert min(limits) > 0, f"a query is {1 - min(limits)} tokens too long for {self.max_model_len=}"
-        different = {id(query): query for query in queries}  # responses to one query share its way through the model
-        number = {key: i for i, key in enumerate(different)}
-        line = torch.tensor([number[id(query)] for query in queries], device=self.device)  # (rows,)
-        query_ids, grids, features = zip(*different.values())
+    def generate(self, dataset, rows, seeds, sampling, queries=None):
+        self.start(dataset, rows, seeds, sampling, queries)
+        return self.collect()
+
+    def batch_tokens(self):
+        """Tokens whose keys and values fit in half of the free memory."""
+        if self.device.type == "cpu":
+            return CPU_BATCH_TOKENS
+        free, _ = torch.cuda.mem_get_info(self.device)
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        text = self.model.model.language_model
+        return free // 2 // sum(layer.nbytes for layer in empty_cache(text, 1, 1))
+
+    @torch.no_grad()
+    def sample(self, queries, seeds, sampling):
+        """Completions of queries that fit in memory together; those to one query share its prefill."""
+        text = self.model.model.language_model
+        n = sampling.max_new_tokens
+        different = list({id(query): query for query in queries}.values())
+        number = {id(query): i for i, query in enumerate(different)}
         # one uniform per (request, position), whatever else is in the batch
-        uniforms = torch.from_numpy(np.stack([np.random.default_rng(s).random(n) for s in seeds])).to(self.device)
-        pad_id = self.eos_ids[0].item()
-        input_ids = left_pad(query_ids, pad_id).to(self.device)  # (B, Q)
-        mask = left_pad([[1] * len(q) for q in query_ids], 0).to(self.device)
-        is_image = (input_ids == self.model.config.image_token_id) & mask.bool()
-        grid = torch.cat(grids).to(self.device)
-        positions, _ = self.model.model.get_rope_index(input_ids, mm_token_type_ids=is_image.int(), image_grid_thw=grid,
-                                                       attention_mask=mask)  # (3, B, Q)
-        embeds = self.model.get_input_embeddings()(input_ids)
-        embeds = embeds.masked_scatter(is_image[..., None], torch.cat(features).to(embeds.dtype))
-        position = positions.amax((0, 2)) + 1  # (B,) of the next token, the same in all three M-RoPE rows
+        uniforms = np.stack([np.random.default_rng(s).random(n) for s in seeds])
+        uniforms = torch.from_numpy(uniforms).to(self.device)
 
-        text, (B, Q) = self.model.model.language_model, input_ids.shape
-        hide = torch.finfo(embeds.dtype).min  # not -inf: padding before a row's first token sees nothing else, and no nan
+        # the queries: left-padded, so that all responses begin in one column of the cache
+        pad_left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+        ids = pad_left([torch.tensor(query.ids) for query in different]).to(self.device)  # (B, Q)
+        real = pad_left([torch.ones(len(query.ids), dtype=torch.bool) for query in different]).to(self.device)
+        positions = pad_left([query.positions.T for query in different]).to(self.device).permute(2, 0, 1)
+        embeds = text.embed_tokens(ids)  # (B, Q, H)
+        features = [f for query in different for f in query.features]
+        if features:
+            slots = (ids == self.model.config.image_token_id) & real
+            embeds = embeds.masked_scatter(slots[..., None], torch.cat(features).to(embeds))
+        B, Q = ids.shape
+        # -1e4 hides a column; not the type's lowest number, as padding in front sees nothing else
         bias = embeds.new_zeros(B, 1, 1, Q + n)
-        bias[:, 0, 0, :Q].masked_fill_(mask == 0, hide)
-        causal = embeds.new_full((Q, Q), hide).triu(1)
-        cache, few = empty_cache(text, B, Q + n), max(1, PREFILL_TOKENS // Q)
-        hidden = torch.cat([  # (B, H) of the last query token
-            advance(text, embeds[part], positions[:, part], torch.minimum(bias[part, ..., :Q], causal),
-                    [kv[:, part] for kv in cache], 0) for part in (slice(i, i + few) for i in range(0, B, few))])
+        bias[:, 0, 0, :Q].masked_fill_(~real, -1e4)
+        causal = embeds.new_full((Q, Q), -1e4).triu(1)
+        cache, few = empty_cache(text, B, Q + n), max(1, PREFILL_TOKENS[self.device.type] // Q)
+        hidden = []  # (B, H) of the last query token
+        for part in (slice(i, i + few) for i in range(0, B, few)):
+            hide, room = torch.minimum(bias[part, ..., :Q], causal), [kv[:, part] for kv in cache]
+            hidden.append(advance(text, embeds[part], positions[:, part], hide, room, 0))
 
+        # the responses: row says which request each line of the shrinking batch is
+        line = torch.tensor([number[id(query)] for query in queries], device=self.device)
+        row = torch.arange(len(queries), device=self.device)
+        position = positions.amax((0, 2))[line] + 1  # of the next token, the same in all three M-RoPE rows
+        hidden, bias = torch.cat(hidden)[line], bias[line]
         if len(line) > B:
             for i, kv in enumerate(cache):  # one layer at a time: no second cache in memory
                 cache[i] = kv[:, line]
-            B, hidden, bias, position = len(line), hidden[line], bias[line], position[line]
-        tokens = torch.full((B, n), pad_id, device=self.device)
-        logprobs = torch.zeros((B, n), device=self.device)
-        limits = torch.tensor(limits, device=self.device)
-        lengths = torch.zeros_like(limits)  # 0 until a row has ended
-        row = torch.arange(B, device=self.device)  # which of rows each line of the shrinking batch is
+        tokens = torch.zeros((len(queries), n), dtype=torch.int64, device=self.device)
+        logprobs = torch.zeros((len(queries), n), device=self.device)
+        lengths = torch.zeros_like(row)  # 0 until a response has ended
         for t in range(n):
-            token, logprob = draw(self.model.lm_head(hidden), uniforms[row, t], self.banned_ids, sampling.temperature,
-                                  sampling.top_p)
+            token, logprob = draw(self.model.lm_head(hidden), uniforms[row, t], self.banned_ids,
+                                  sampling.temperature, sampling.top_p)
             tokens[row, t], logprobs[row, t] = token, logprob
-            ends = (torch.isin(token, self.eos_ids) | (t + 1 == limits[row])) & (lengths[row] == 0)
+            ends = (torch.isin(token, self.eos_ids) | (t + 1 == n)) & (lengths[row] == 0)
             lengths[row] = torch.where(ends, t + 1, lengths[row])
             live = (lengths[row] == 0).nonzero()[:, 0]  # the one wait for the device in each step
             if not len(live):
                 break
-            progress()
-            if self.interrupted():  # what there is comes back, and the caller throws it away
-                lengths[lengths == 0] = t + 1
-                break
-            if len(live) <= 0.75 * len(row):  # ended rows leave the batch and the cache; a few are cheaper to keep
+            if len(live) <= 0.75 * len(row):  # ended rows leave batch and cache; a few are cheaper to keep
                 for i, kv in enumerate(cache):
                     cache[i] = kv[:, live]
                 row, bias, token, position = row[live], bias[live], token[live], position[live]
@@ -226,42 +228,18 @@ class HFEngine:
                              bias[..., :Q + t + 1], cache, Q + t)
             position = position + 1
         last = tokens.gather(1, lengths[:, None] - 1)[:, 0]
-        return [Completion(ids[:length], lps[:length], "stop" if stop else "length") for ids, lps, length, stop in
-                zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), torch.isin(last, self.eos_ids).tolist())]
+        ended = torch.isin(last, self.eos_ids)
+        rows = zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), ended.tolist())
+        return [Completion(ids[:length], values[:length], "stop" if stop else "length")
+                for ids, values, length, stop in rows]
 
     @torch.no_grad()
     def load_weights(self, named_tensors):
-        """Copies the tensors in place. named_tensors: an iterator of (hub name, full tensor), any device and dtype."""
+        """Copies the tensors in place. named_tensors: (hub name, full tensor), of any device and dtype."""
         for name, tensor in named_tensors:
-            if name not in self.parameters:
-                raise ValueError(f"load_weights: the model has no parameter {name!r}")
-            if self.parameters[name].shape != tensor.shape:
-                raise ValueError(f"load_weights: {name} is {tuple(tensor.shape)}, "
-                                 f"the model's is {tuple(self.parameters[name].shape)}")
+            if name not in self.parameters or self.parameters[name].shape != tensor.shape:
+                raise ValueError(f"load_weights: the model has no {name!r} of shape {tuple(tensor.shape)}")
             self.parameters[name].copy_(tensor)
 
     def close(self):
         self.model = self.parameters = None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# vLLM's processes (rollout_vllm.py) import this file, by way of the main script: they must not outlive it
-
-def end_with(owner):
-    """Ends this process of the engine, and the engine's process above it, soon after owner is gone, by kill -9 too:
-    vLLM's own would stay and hold the GPU's memory."""
-    while running(owner):
-        time.sleep(0.5)
-    for memory in ("/dev/shm", tempfile.gettempdir()):
-        for folder in pathlib.Path(memory).glob(f"{FOLDER}{owner}-*"):
-            shutil.rmtree(folder, ignore_errors=True)  # weights that were on their way
-    parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid != owner and parent.pid == os.getppid():
-        os.kill(parent.pid, signal.SIGKILL)  # the engine's process, when this one is its worker
-    os._exit(1)
-
-
-# spawned processes of the engine import this file, by way of the main script or as home of WeightReceiver
-if os.environ.get(OWNER, str(os.getpid())) != str(os.getpid()):
-    os.setpgrp()  # Ctrl-C in a terminal reaches its whole group: it is meant for the trainer, which ends the engine
-    threading.Thread(target=end_with, args=(int(os.environ[OWNER]),), daemon=True).start()

@@ -1,307 +1,259 @@
-"""vLLM in a process of its own, owned by the node's first process: the engine 'vllm' of rollout.py.
+"""vLLM in a process of its own: the engine 'vllm' of rollout.py.
 
-The leader hands requests over and takes outputs and weights; the node's other ranks get theirs from it. The engine's process
-is watched: vLLM (0.32) waits for ever for one that was killed.
+This file is both ends of two pipes. VLLMEngine stands in the trainer: a node's first rank, its leader, runs
+`python rollout_vllm.py`, and the other ranks get their responses from it. A request is a line of JSON:
+
+    ["sample", rows, pixels, sampling]   the answer, a line of JSON too, is what collect takes apart
+    ["load_weights"]                     then each tensor, a line [name, dtype, shape] and its bytes (on a
+                                         GPU by NCCL), then []; answered once vLLM samples from them
+
+Pictures do not travel, the server opens them itself. It dies with its parent, and an error of vLLM's ends it.
 """
-import atexit
+import ctypes
 import importlib.util
 import json
-import multiprocessing
 import os
-import pathlib
-import threading
-import time
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
 
 import torch
 import torch.distributed as dist
 
 from configurator import UserError
-from data import open_readers
-from distributed import gather_json, together
-from model import Weights, load_config
-from rollout import OWNER, Completion
-from watch import progress
-from weight_sync import FileSync, NCCLSync
+from data import Completion, Sampling, open_readers, read_image
+from distributed import gather_json
+from model import load_config, open_weights
 
-BAN = -100.0  # the lowest logit bias that vLLM takes; e^-100 of a typical token's probability
+BAN = -100.0  # the lowest logit bias that vLLM takes: e^-100 of a typical token's probability
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+PARTS = ("visual.merger.", "visual.", "")  # connector, tower, language model: trained whole or not at all
 
 
 class VLLMEngine:
-    """One vLLM per node. The leader (local rank 0) drives it; what fails there is raised on all the node's ranks. That its
-    process dies raises nothing: all methods return at once from then on, with died set on all the node's ranks, so that a
-    run can leave a checkpoint before it ends."""
-    died = ""
-    busy = False  # between start and collect
-    interrupted = staticmethod(lambda: False)  # as HFEngine's
+    """One vLLM a node. Its methods are collectives; once the server has died, they raise on all its ranks.
+    The constructor does not wait for vLLM, which starts while the trainer loads; if it fails, the first use
+    says so. trains: whether this process trains; else vLLM may have its GPU."""
 
-    def __init__(self, model_dir, dtype, world, eos_ids, banned_ids, max_model_len, gpu_memory_utilization, seed):
+    def __init__(self, model_dir, dtype, world, eos_ids, banned_ids, max_model_len, gpu_memory_utilization,
+                 trains=True):
         if importlib.util.find_spec("vllm") is None:
-            raise UserError("rollout=vllm: vLLM is not installed here; pip install -r requirements-vllm.txt on a GPU "
-                            "machine, or use --rollout=hf")
-        self.group, self.dtype, self.eos_ids, self.banned_ids = world.node_group, dtype, eos_ids, banned_ids
-        self.shapes = {name: tuple(file.get_slice(stored).get_shape())
-                       for name, (file, stored) in Weights(model_dir).where.items()}
-        self.tied, self.device = load_config(model_dir).tie_word_embeddings, world.device
-        self.leader, self.llm, self.nccl, self.processes = world.local_rank == 0, None, None, []
-        with self.agreement():
-            if self.leader:
-                before = set(multiprocessing.active_children())
-                self.llm = start_vllm(model_dir, dtype, engine_gpu(world), max_model_len, gpu_memory_utilization, seed)
-                self.processes = sorted(set(multiprocessing.active_children()) - before, key=lambda process: process.pid)
-                atexit.register(self.close)
+            raise UserError("rollout=vllm: no vLLM; pip install -r requirements-vllm.txt or set --rollout=hf")
+        self.group, self.leader, self.device = world.node_group, world.local_rank == 0, world.device
+        self.dtype = str(dtype).removeprefix("torch.")
+        self.names = {*open_weights(model_dir), "lm_head.weight"}  # the head also where it is tied
+        self.dataset = self.nccl = None  # whose rows are being sampled; the group that weights travel in
+        if self.leader:
+            settings = dict(model_dir=model_dir, dtype=self.dtype, eos_ids=eos_ids, banned_ids=banned_ids,
+                            max_model_len=max_model_len, gpu_memory_utilization=gpu_memory_utilization)
+            libc = ctypes.CDLL(None)  # here: between fork and exec it is too late
+            self.stderr = tempfile.TemporaryFile()
+            self.server = subprocess.Popen(
+                [sys.executable, __file__, json.dumps(settings)], env=engine_environment(world, trains),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr,
+                start_new_session=True,  # Ctrl-C is for the trainer, which finishes its step first
+                preexec_fn=lambda: libc.prctl(1, signal.SIGKILL))  # PR_SET_PDEATHSIG: it ends when we do
 
-    def agreement(self):
-        return together(self.group, "vLLM's process: ")
+    def tell(self, *request, data=b""):
+        """Sends a request to the server. On the leader."""
+        try:
+            self.server.stdin.writelines([json.dumps(request).encode(), b"\n", data])
+            self.server.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has died: answer says so, on all ranks
 
-    def wait_for_vllm(self, act):
-        """What act() returns; None if vLLM's process is gone, or goes meanwhile: then died says how. On the leader."""
-        return self.finish(*self.begin(act))
+    def answer(self):
+        """The server's next answer, on every rank. A collective; RuntimeError when the server has died."""
+        line = b""
+        if self.leader and not (line := self.server.stdout.readline()).endswith(b"\n"):
+            line = json.dumps({"died": self.last_words()}).encode()
+        size = max(gather_json(len(line), self.group))
+        text = torch.frombuffer(bytearray(line.ljust(size)), dtype=torch.uint8)
+        dist.broadcast(text, group_src=0, group=self.group)
+        answer = json.loads(text.numpy().tobytes())
+        if isinstance(answer, dict):
+            raise RuntimeError(answer["died"])
+        return answer
 
-    def begin(self, act):
-        """Calls act() in a thread, which stays behind if vLLM's process does not come back. Returns what finish takes."""
-        outcome = []  # (result, error)
+    def last_words(self):
+        """How the server ended, for an error. On the leader."""
+        if self.nccl is not None:
+            self.nccl.destroy()  # else what is queued for the server would keep this GPU waiting for ever
+        status = self.server.wait(60)  # its pipe is closed: it is about to end
+        how = f"killed by signal {-status}" if status < 0 else f"exit code {status}"
+        self.stderr.seek(0)
+        lines = self.stderr.read().decode(errors="replace").splitlines()
+        died = f"the engine's process died ({how}); go on from the last checkpoint by --init_from=resume"
+        return "\n    ".join([died, *lines[-12:]])
 
-        def call():
-            try:
-                if self.device.type == "cuda":
-                    torch.cuda.set_device(self.device)  # a thread starts with GPU 0
-                outcome.append((act(), None))
-            except Exception as error:
-                outcome.append((None, error))
-        thread = threading.Thread(target=call, daemon=True, name="vllm")
-        if not self.died:
-            thread.start()
-        return thread, outcome
+    def close(self):
+        """Ends the server, which holds nothing that is worth keeping. Safe to call twice."""
+        if self.leader:
+            self.server.kill()
+            self.server.wait()
 
-    def finish(self, thread, outcome):
-        """What wait_for_vllm returns, of a call that has begun."""
-        if self.died:
-            return None
-        while thread.is_alive() and not self.end_of_process():
-            thread.join(0.1)
-        result, error = outcome[0] if outcome else (None, None)
-        says_so = type(error).__name__ == "EngineDeadError"  # known before the process has ended
-        until = time.monotonic() + (10 if says_so else 1)
-        while error is not None and not self.end_of_process() and time.monotonic() < until:
-            time.sleep(0.1)
-        self.died = self.end_of_process() or says_so * "a part of it is gone"
-        if self.died and self.nccl is not None:
-            self.nccl.abort()
-        if error is not None and not self.died:
-            raise error
-        return None if self.died else result
-
-    def end_of_process(self):
-        """How vLLM's process ended; '' while it runs."""
-        codes = [process.exitcode for process in self.processes if process.exitcode is not None]
-        return f"killed by signal {-codes[0]}" if codes and codes[0] < 0 else f"exit code {codes[0]}" if codes else ""
-
-    def tell_all(self):
-        """The node's ranks learn from the leader whether the process has died."""
-        self.died = gather_json(self.died, self.group)[0]
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # sampling
-
-    def generate(self, dataset, indices, seeds, sampling):
-        """A Completion for each of this rank's indices, in their order."""
-        self.start(dataset, indices, seeds, sampling)
+    def generate(self, dataset, rows, seeds, sampling, queries=None):
+        """A Completion for each of this rank's rows, in their order. A collective."""
+        self.start(dataset, rows, seeds, sampling)
         return self.collect()
 
-    def start(self, dataset, indices, seeds, sampling):
-        """Begins to hand over the requests of all ranks, and returns: vLLM's process samples while this one does something
-        else. What goes wrong shows in collect."""
-        assert len(indices) == len(seeds) and not self.busy, f"{len(indices)=} {len(seeds)=} {self.busy=}"
-        requests = gather_json([list(map(int, indices)), list(map(int, seeds))], self.group)
-        self.counts = [len(i) for i, _ in requests]
-        self.requests = [(i, s) for rank in requests for i, s in zip(*rank)]
-        self.busy = True
+    def start(self, dataset, rows, seeds, sampling, queries=None):
+        """Has the server begin with the rows of all ranks, and returns. A collective. The server reads the
+        request before it samples, and answers when all is sampled: neither side waits for the other."""
+        assert len(rows) == len(seeds) and self.dataset is None, f"{len(rows)=} {len(seeds)=} {self.dataset=}"
+        self.dataset, self.shares = dataset, gather_json(list(zip(rows, seeds)), self.group)
+        self.seeds = {}  # row -> its seeds, those of the first rank first
+        for row, seed in sum(self.shares, []):
+            self.seeds.setdefault(row, []).append(seed)
         if self.leader:
-            self.handing_over = self.begin(lambda: self.enqueue(dataset, sampling))
+            self.tell("sample", [(dataset.prompt(row), dataset.samples[row].images, several)
+                                 for row, several in self.seeds.items()], dataset.pixels, sampling)
 
-    def enqueue(self, dataset, sampling):
-        """{index: Inputs} of the requests, which vLLM's process has now. On the leader."""
-        from vllm import SamplingParams
-        common = dict(temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_new_tokens,
-                      top_k=0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
-                      ignore_eos=True, stop_token_ids=self.eos_ids, logit_bias={i: BAN for i in self.banned_ids},
-                      logprobs=0, detokenize=False)  # logprobs=0: of the sampled token alone
-        # requests for one image side by side: its features are computed once
-        self.order = sorted(range(len(self.requests)), key=lambda r: (self.requests[r][0], r))
-        requests, rows = [self.requests[r] for r in self.order], sorted({i for i, _ in self.requests})
-        with open_readers() as readers:
-            inputs = dict(zip(rows, readers.map(lambda i: dataset.inputs(i, pixels=False), rows)))
-        prompts = [{"prompt": inputs[i].prompt, "multi_modal_data": {"image": inputs[i].image}} for i, _ in requests]
-        # all at once: on a CPU, image by image as they are read was slower, with few rows in vLLM's first batches
-        self.llm.enqueue(prompts, [SamplingParams(seed=seed, **common) for _, seed in requests], use_tqdm=False)
-        return {i: x._replace(image=None) for i, x in inputs.items()}
-
-    def collect(self, known=(), whole=False):
-        """The Completions of the requests that start got, once all are there. After an interruption, which whole ignores,
-        placeholders. known: as HFEngine's; vLLM makes features of its own."""
-        outputs, self.busy, flat = [], False, self.requests
-        interrupted = (lambda: False) if whole else self.interrupted
-        nothing = [Completion([self.eos_ids[0]], [0.0], "stop")] * len(flat)  # the caller throws it away
-        with self.agreement():
-            if self.leader:
-                self.inputs = self.finish(*self.handing_over)
-                outputs = self.wait_for_vllm(lambda: self.outputs(interrupted)) or nothing
-        self.tell_all()
-        # the leader's answer to all ranks, flat, as tensors: length and finish of each request, then ids and logprobs
-        table = torch.tensor([[len(c.token_ids), c.finish_reason == "stop"] for c in outputs]
-                             or [[0, 0]] * len(flat), dtype=torch.int64).reshape(len(flat), 2)
-        self.broadcast(table)
-        total = int(table[:, 0].sum())
-        ids = torch.tensor([t for c in outputs for t in c.token_ids] or [0] * total, dtype=torch.int64)
-        logprobs = torch.tensor([x for c in outputs for x in c.logprobs] or [0] * total, dtype=torch.float32)
-        self.broadcast(ids)
-        self.broadcast(logprobs)
-        lengths = table[:, 0].tolist()
-        completions = [Completion(i.tolist(), x.tolist(), "stop" if stop else "length") for i, x, stop in
-                       zip(ids.split(lengths), logprobs.split(lengths), table[:, 1].tolist())] if flat else []
-        rank = dist.get_rank(self.group)
-        start = sum(self.counts[:rank])
-        return completions[start:start + self.counts[rank]]
-
-    def broadcast(self, tensor):
-        if tensor.numel():
-            dist.broadcast(tensor, dist.get_global_rank(self.group, 0), group=self.group)
-
-    def outputs(self, interrupted):
-        """Completions of all requests, on the leader; None after an interruption."""
-        completions, outputs = [None] * len(self.requests), []
-        while self.llm.llm_engine.has_unfinished_requests():  # LLM.generate, but for the next two lines
-            progress()
-            if interrupted():
-                return None
-            outputs += [output for output in self.llm.llm_engine.step() if output.finished]
-        for r, output in zip(self.order, sorted(outputs, key=lambda output: int(output.request_id))):
-            i, out = self.requests[r][0], output.outputs[0]
-            query_ids = self.inputs[i].query_ids
-            if output.prompt_token_ids != query_ids:
-                raise ValueError(f"sample {i}: vLLM's prompt is not the trainer's (image size, chat template?): "
-                                 f"{len(output.prompt_token_ids)} ids {output.prompt_token_ids} against "
-                                 f"{len(query_ids)} ids {query_ids}")
-            if out.finish_reason not in ("stop", "length"):
-                raise RuntimeError(f"sample {i}: vLLM ended a response with {out.finish_reason!r}")
-            ids = list(out.token_ids)
-            completions[r] = Completion(ids, [lp[t].logprob for t, lp in zip(ids, out.logprobs)], out.finish_reason)
-        return completions
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # new weights
+    def collect(self):
+        """The Completions of the rows that start got, in their order. A collective; waits for the server."""
+        responses = {}
+        dataset, self.dataset = self.dataset, None
+        for row, (ids, several) in zip(self.seeds, self.answer()):
+            if ids != dataset.ids(row):
+                raise ValueError(f"sample {dataset.samples[row].id}: vLLM's prompt is not the trainer's "
+                                 f"(chat template, size of a picture?): {ids} against {dataset.ids(row)}")
+            responses[row] = iter(several)
+        completions = [[Completion(*next(responses[row])) for row, _ in share] for share in self.shares]
+        return completions[dist.get_rank(self.group)]
 
     def load_weights(self, named_tensors):
-        """New weights: over NCCL to a GPU, by way of files to the CPU build. Raises unless each tensor given is known, has
-        its shape, and was taken by vLLM's loader. A frozen part is left out, a module is given whole."""
-        assert not self.busy, "the engine is sampling: collect first"
-        error, sync, sent = None, None, []
-        try:
-            for name, tensor in named_tensors:  # a collective: run to its end on every rank, whatever happens here
-                sent.append(name)
-                if not self.leader or error is not None or self.died:
-                    continue
-                try:
-                    self.check_tensor(name, tensor)
-                    sync = sync or self.open_sync()
-                    self.wait_for_vllm(lambda sync=sync, name=name, tensor=tensor: sync.add(name, tensor))
-                except Exception as e:
-                    error = e
-            with self.agreement():
-                if error is not None:
-                    raise error
-                if self.leader and sent:
-                    self.check_whole(sent)
-                    self.wait_for_vllm(lambda: self.swap(sync))
-            self.tell_all()
-        finally:
-            if sync is not None:
-                sync.close()
-
-    def open_sync(self):
-        if self.device.type != "cuda":
-            size = sum(torch.Size(s).numel() for s in self.shapes.values()) * self.dtype.itemsize
-            return FileSync(self.llm, self.dtype, self.tied, size)
-        self.nccl = self.nccl or self.wait_for_vllm(lambda: NCCLSync(self.llm, self.dtype, self.tied))
-        return self.nccl
-
-    def check_tensor(self, name, tensor):
-        stored = "model.embed_tokens.weight" if self.tied and name == "lm_head.weight" else name
-        if stored not in self.shapes:
-            raise ValueError(f"load_weights: the model has no parameter {name!r}")
-        if tuple(tensor.shape) != self.shapes[stored]:
-            raise ValueError(f"load_weights: {name} is {tuple(tensor.shape)}, the model's is {self.shapes[stored]}")
-
-    def check_whole(self, sent):
-        """vLLM fuses q, k and v, gate and up: were one of them missing, it would fill its place with noise."""
-        def block(name):
-            return name.rsplit(".", 2)[0]
-        blocks = {block(name) for name in sent}
-        missing = sorted(name for name in self.shapes if block(name) in blocks and name not in set(sent))
+        """vLLM samples from these from now on: an iterator of (hub name, full tensor), the same on all ranks.
+        A collective. ValueError unless each part of the model that they are of is whole; the engine is spoilt
+        then, and the run should end."""
+        assert self.dataset is None, "the engine is sampling: collect first"
+        if self.leader:
+            if self.device.type == "cuda" and self.nccl is None:
+                self.nccl = self.meet()
+            self.tell("load_weights")
+        names = set()
+        for name, tensor in named_tensors:  # a collective of its own: run to its end
+            names.add(name)
+            if self.leader:
+                tensor = tensor.detach().to(getattr(torch, self.dtype)).contiguous()
+                by_pipe = b"" if self.nccl else tensor.cpu().view(-1).view(torch.uint8).numpy()
+                self.tell(name, self.dtype, tensor.shape, data=by_pipe)
+                if self.nccl and self.server.poll() is None:
+                    self.nccl.broadcast(tensor.to(self.device), 0, torch.cuda.current_stream())
+        if self.leader:
+            self.tell()
+        self.answer()
+        # a hole is silent. vLLM has q, k and v in one tensor, and puts noise in the place of a missing one;
+        # its CPU build keeps a copy of a tied head, which would stay the old one
+        part_of = {name: next(part for part in PARTS if name.startswith(part)) for name in self.names}
+        parts = {part_of[name] for name in names}
+        missing = [name for name in self.names - names if part_of[name] in parts]
         if missing:
-            raise ValueError(f"load_weights: {len(missing)} tensors are missing, such as {missing[0]}")
+            raise ValueError(f"load_weights: {len(missing)} tensors are missing, such as {min(missing)}")
 
-    def swap(self, sync):
-        """The engine samples from what was added; everything computed from the old weights is dropped."""
-        sync.finish()
+    def meet(self):
+        """vLLM's own NCCL group of this process, rank 0, and the server, rank 1. Not run on a GPU so far."""
+        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            meeting = dict(master_address="127.0.0.1", master_port=probe.getsockname()[1], world_size=2)
+        self.tell("meet", meeting)
+        return trainer_init(meeting)
+
+
+def engine_environment(world, trains):
+    """The server's. Its GPU is the one after the node's processes or, if none trains, the first of them."""
+    values = {name: value for name, value in os.environ.items() if not name.startswith(TORCHRUN)}
+    values = dict(VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="2") | values  # the latter in GiB
+    values |= dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")  # stats go to its makers
+    if world.device.type == "cpu":
+        return values | dict(TORCH_COMPILE_DISABLE="1")  # compiling takes 20 s and a C++ compiler
+    count, needed = torch.cuda.device_count(), world.local_world_size
+    if trains and count <= needed:
+        raise UserError(f"rollout=vllm needs a GPU for vLLM after the {needed} that train, but {count} are "
+                        "there; lower torchrun's --nproc_per_node or use --rollout=hf")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    return values | dict(CUDA_VISIBLE_DEVICES=visible[needed if count > needed else 0])
+
+
+class Server:
+    """vLLM in this process. A method for each request; what it returns, if anything, is the answer."""
+
+    def __init__(self, model_dir, dtype, eos_ids, banned_ids, max_model_len, gpu_memory_utilization):
+        from vllm import LLM
+        self.eos_ids, self.banned_ids, self.nccl = eos_ids, banned_ids, None
+        # no prompt in pieces on a CPU: a request with a seed then fails ("CPU Generator does not use offset")
+        settings = dict(enforce_eager=True, enable_chunked_prefill=False, enable_prefix_caching=False,
+                        max_num_batched_tokens=max(8192, max_model_len))
+        if torch.cuda.is_available():
+            settings = dict(gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=True)
+        vision = load_config(model_dir).vision_config
+        token = (vision.patch_size * vision.spatial_merge_size)**2  # its pixels
+        self.llm = LLM(
+            model_dir, dtype=dtype, max_model_len=max_model_len, **settings,
+            generation_config="vllm",  # not the checkpoint's: it may hold a repetition penalty
+            logprobs_mode="processed_logprobs",  # after temperature and bans
+            limit_mm_per_prompt={"video": 0}, mm_processor_cache_gb=1,  # up to 999 pictures
+            # pictures come at their final size: any bounds that let them through as they are
+            mm_processor_kwargs=dict(size=dict(shortest_edge=token, longest_edge=token * max_model_len)))
+
+    def sample(self, rows, pixels, sampling):
+        """rows: [(prompt, paths of pictures, seeds), ...] -> [(prompt ids, [response, ...]), ...].
+        Requests of one row stand side by side, so that its pictures are encoded once."""
+        from vllm import SamplingParams
+        temperature, top_p, max_new_tokens = Sampling(*sampling)
+        common = dict(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, top_k=0, min_p=0.0,
+                      repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, ignore_eos=True,
+                      stop_token_ids=self.eos_ids, logit_bias={i: BAN for i in self.banned_ids},
+                      logprobs=0, detokenize=False)  # logprobs=0: of the sampled token alone
+        with open_readers() as readers:
+            pictures = readers.map(lambda row: [read_image(path, *pixels) for path in row[1]], rows)
+        prompts, parameters = [], []
+        for (prompt, _, seeds), images in zip(rows, pictures):
+            prompts += [dict(prompt=prompt, multi_modal_data={"image": images})] * len(seeds)
+            parameters += [SamplingParams(seed=seed, **common) for seed in seeds]
+        outputs, answer = iter(self.llm.generate(prompts, parameters, use_tqdm=False)), []
+        for _, _, seeds in rows:
+            several = [next(outputs) for _ in seeds]
+            answer.append((several[0].prompt_token_ids, [self.response(*each.outputs) for each in several]))
+        return answer
+
+    def response(self, output):
+        """The fields of a Completion."""
+        logprobs = [of_id[i].logprob for i, of_id in zip(output.token_ids, output.logprobs)]
+        return list(output.token_ids), logprobs, output.finish_reason
+
+    def meet(self, meeting):
+        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+        self.nccl = trainer_init(meeting, rank=1)
+
+    def load_weights(self):
+        """The tensors that come take their places; everything computed from the old ones is dropped."""
+        self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=self.tensors()))
         self.llm.llm_engine.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()
         self.llm.reset_prefix_cache()
+        return "loaded"
 
-    def close(self):
-        """Ends the engine's process. Safe to call twice."""
-        llm, self.llm = self.llm, None
-        if llm is not None:
-            atexit.unregister(self.close)
-            llm.llm_engine.engine_core.shutdown(timeout=30)
-
-
-def engine_gpu(world):
-    """CUDA_VISIBLE_DEVICES for the engine: the GPU after the node's training processes; None on CPU."""
-    if world.device.type == "cpu":
-        return None
-    count = torch.cuda.device_count()
-    if count <= world.local_world_size:
-        raise UserError(f"rollout=vllm needs a GPU for vLLM after the {world.local_world_size} that train, but {count} "
-                        "can be seen; lower torchrun's --nproc_per_node or use --rollout=hf")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
-    return visible.split(",")[world.local_world_size]
+    def tensors(self):
+        """(name, tensor) of each tensor that comes."""
+        while header := json.loads(sys.stdin.buffer.readline()):
+            name, dtype, shape = header
+            device = getattr(self.nccl, "device", "cpu")
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            if self.nccl is None:
+                sys.stdin.buffer.readinto(tensor.view(-1).view(torch.uint8).numpy())
+            else:
+                self.nccl.broadcast(tensor, 0, torch.cuda.current_stream())
+            yield name, tensor
 
 
-def start_vllm(model_dir, dtype, gpu, max_model_len, gpu_memory_utilization, seed):
-    """A vllm.LLM whose engine's processes end when this one does. gpu None: vLLM's CPU build."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings fill a page at each start; none asks for action
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"  # it would report to its makers
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"], os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "1", "spawn"
-    # vLLM's own weight transfer, see NCCLSync
-    settings = dict(gpu_memory_utilization=gpu_memory_utilization, weight_transfer_config=dict(backend="nccl"))
-    if gpu is None:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
-        # eager, and TORCH_COMPILE_DISABLE below: compiling takes 20 s and a C++ compiler. No prompt in pieces: the CPU
-        # build then fails on a request with a seed ("CPU Generator does not use offset")
-        settings = dict(enforce_eager=True, enable_chunked_prefill=False,
-                        max_num_batched_tokens=max(8192, max_model_len))
-    image = json.loads((pathlib.Path(model_dir) / "preprocessor_config.json").read_text(encoding="utf-8"))
-    factor = (image.get("patch_size", 14) * image.get("merge_size", 2)) ** 2  # pixels per image token
-    saved = dict(os.environ)
-    for name in saved:
-        if name.startswith(TORCHRUN):
-            del os.environ[name]  # else vLLM would take itself for one of torchrun's ranks
-    os.environ[OWNER] = str(os.getpid())
-    # Python's tracker of shared memory frees what a killed engine leaves, and need not say so after our last word
-    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [saved.get("PYTHONWARNINGS"), "ignore:resource_tracker"]))
-    os.environ |= {"TORCH_COMPILE_DISABLE": "1"} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-    try:
-        from vllm import LLM
-        return LLM(
-            model_dir, dtype=str(dtype).removeprefix("torch."), seed=seed, max_model_len=max_model_len, **settings,
-            generation_config="vllm",  # not the checkpoint's: it may hold a repetition penalty
-            logprobs_mode="processed_logprobs",  # after temperature and bans
-            limit_mm_per_prompt={"image": 1, "video": 0}, mm_processor_cache_gb=1, enable_prefix_caching=False,
-            # images come at their final size: any bounds that let them through as they are
-            mm_processor_kwargs=dict(size=dict(shortest_edge=factor, longest_edge=factor * max_model_len)),
-            worker_extension_cls="weight_sync.WeightReceiver", use_tqdm_on_load=False)
-    finally:
-        os.environ.clear()  # vLLM sets some of its own as well
-        os.environ.update(saved)
+if __name__ == "__main__":
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM prints
+    server = Server(**json.loads(sys.argv[1]))
+    for line in sys.stdin.buffer:  # until its other end is closed
+        request, *arguments = json.loads(line)
+        if (answer := getattr(server, request)(*arguments)) is not None:
+            print(json.dumps(answer), file=answers, flush=True)

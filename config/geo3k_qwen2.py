@@ -1,16 +1,18 @@
-"""The paper's run on Geometry3K with Qwen2-VL-7B, which gains the most from it.
+r"""The paper's run on Geometry3K with Qwen2-VL-7B, which gains the most from it.
 
-    python data.py geo3k
-    torchrun --nproc_per_node=7 train_rl.py config/geo3k_qwen2.py        # 8 GPUs of 80 GB; hours not measured
+    python fetch.py geo3k
+    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
+        torchrun --nproc_per_node=7 train_rl.py config/geo3k_qwen2.py   # 8 GPUs of 80 GB; hours not measured
 
-Expect, test set, mean over epochs of three runs: pass@8 58.0, T=0.6 30.3, T=0.01 31.1 percent; the untrained model 46.6,
-20.3, 23.1 (Tab. 3).
+Expect, test set, mean over epochs of three runs: pass@8 58.0, T=0.6 30.3, T=0.01 31.1 percent; the untrained
+model 46.6, 20.3, 23.1 (Tab. 3).
 """
 out_dir = "out/geo3k_qwen2"
 model = "Qwen/Qwen2-VL-7B-Instruct"
 train_data = "data/geometry3k/geometry3k_rl_v0.jsonl"
 val_data = "data/geometry3k/geometry3k_validation_v0.jsonl"
 test_data = "data/geometry3k/geometry3k_test_v0.jsonl"
-batch_size = 7 * 128  # 128 queries x 7 ranks = 896 responses a step; 2101 // 896 = 2 steps an epoch
-minibatch_size = 7 * 4  # 4 responses x 7 ranks; 896 / 28 = 32 updates a step
+batch_size = 7 * 128  # queries: 128 x 7 ranks = 896 a step, one response each; 2101 // 896 = 2 steps an epoch
+minibatch_size = 7 * 4  # responses: 4 x 7 ranks; 896 / 28 = 32 updates a step
 epochs = 50  # 2 x 50 = 100 generation steps
+eval_every_epochs = 5  # paper: 1; but one GPU samples 901 x 10 responses for longer than two steps take

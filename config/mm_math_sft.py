@@ -1,11 +1,13 @@
-"""The paper's SFT baseline on mm_math5k's golden solutions, Qwen2-VL-7B.
+r"""The paper's SFT baseline on mm_math5k's golden solutions, Qwen2-VL-7B.
 
-    python data.py mm_math
-    torchrun --nproc_per_node=8 train_sft.py config/mm_math_sft.py --rollout=hf     # 8 GPUs of 80 GB; hours not measured
-    torchrun --nproc_per_node=4 train_sft.py config/mm_math_sft.py                  # 4 train, a fifth samples evaluations
+    python fetch.py mm_math
+    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
+        torchrun --nproc_per_node=8 train_sft.py config/mm_math_sft.py --rollout=hf     # 8 GPUs of 80 GB
+    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
+        torchrun --nproc_per_node=4 train_sft.py config/mm_math_sft.py  # 4 train, the fifth samples
 
-Expect, test set, mean over epochs: pass@8 25.2, T=0.6 8.7, T=0.01 9.6 percent, below the untrained model's 29.0, 11.0, 11.0
-(Tab. 3).
+Hours: not measured. Expect, test set, mean over epochs: pass@8 25.2, T=0.6 8.7, T=0.01 9.6 percent, below the
+untrained model's 29.0, 11.0, 11.0 (Tab. 3).
 """
 out_dir = "out/mm_math_sft"
 model = "Qwen/Qwen2-VL-7B-Instruct"

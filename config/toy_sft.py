@@ -1,11 +1,11 @@
-"""The toy's baseline: SFT of the same base on written solutions of the same problems, as many passes and updates as RL makes.
+"""The toy's baseline: SFT of the same base on written solutions of the same problems, as many updates as RL.
 
     python train_sft.py config/toy_sft.py
 
 2 CPU cores: 3 minutes. Expect, validation, pass@1: T=0.6 25 -> 94 percent, T=0.01 24 -> 93 (results/toy.md).
 """
 out_dir = "out/toy_sft"
-model = "toy_base"
+model = "toy/base"
 train_data = "data/toy/train.jsonl"
 val_data = "data/toy/val.jsonl"
 test_data = "data/toy/test.jsonl"
@@ -20,4 +20,3 @@ learning_rate = 1e-4
 adam_eps = 1e-8
 weight_decay = 0.0
 activation_checkpointing = False
-log_every = 8

@@ -1,17 +1,17 @@
-"""Shared by all tests: the repository root on sys.path, and tiny random models with real tokenizers and image processors."""
+"""Shared by all tests: the repository root on sys.path, tiny random models, and problems for them."""
 import json
 import os
 import pathlib
 import sys
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded at test time; a slip is an error, not a wait
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded: a slip is an error, not a wait
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU machine too: the figures here are those of float32 on a CPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU machine too: the figures are those of float32 on a CPU
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from tiny import make_tiny  # noqa: E402
 
@@ -36,17 +36,29 @@ def real_data():
     return pathlib.Path(os.environ["NANOMAYE_REAL_DATA"])
 
 
-@pytest.fixture(scope="session")
-def tiny_jsonl(tmp_path_factory):
-    """12 problems in the paper's jsonl format with images of several sizes: the path of the jsonl."""
-    from PIL import Image
-    folder = tmp_path_factory.mktemp("tiny_data")
+def problems(folder, sizes):
+    """The path of a jsonl with a problem for each list of picture sizes in sizes, and as many pictures."""
     (folder / "images").mkdir()
     with open(folder / "tiny.jsonl", "w", encoding="utf-8") as file:
-        for i in range(12):
-            size = [(84, 84), (112, 56), (56, 140)][i % 3]
-            Image.new("RGB", size, (20 * i, 255 - 20 * i, 90)).save(folder / "images" / f"{i}.png")
-            row = dict(question="<image>What is " + "1+" * (i % 4) + f"{i}?", answer=str(i + i % 4), id=f"tiny-{i}",
-                       solution=f"It is \\boxed{{{i + i % 4}}}.", image=f"images/{i}.png")
-            file.write(json.dumps(row) + "\n")
+        for i, of_row in enumerate(sizes):
+            images = [f"images/{i}-{j}.png" for j in range(len(of_row))]
+            for j, size in enumerate(of_row):
+                Image.new("RGB", size, (20 * i, 255 - 20 * i, 90 + 40 * j)).save(folder / images[j])
+            pictures = {"image": images[0]} if len(images) == 1 else {"images": images}
+            row = dict(question="<image>" * len(images) + "What is " + "1+" * (i % 4) + f"{i}?",
+                       answer=str(i + i % 4), solution=f"It is \\boxed{{{i + i % 4}}}.", id=f"tiny-{i}")
+            file.write(json.dumps(row | pictures) + "\n")
     return str(folder / "tiny.jsonl")
+
+
+@pytest.fixture(scope="session")
+def tiny_jsonl(tmp_path_factory):
+    """12 problems in the paper's format, one picture each, of several sizes: the path of the jsonl."""
+    return problems(tmp_path_factory.mktemp("tiny_data"), [[(84, 84)], [(112, 56)], [(56, 140)]] * 4)
+
+
+@pytest.fixture(scope="session")
+def mixed_jsonl(tmp_path_factory):
+    """8 problems with one, none and three pictures, of different sizes: the path of the jsonl."""
+    rows = [[(84, 84)], [], [(56, 140), (84, 84), (112, 56)], [(112, 84)]]
+    return problems(tmp_path_factory.mktemp("mixed_data"), rows * 2)

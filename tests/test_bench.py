@@ -1,98 +1,130 @@
-"""bench.py: what it prints and writes, and that the plain way it compares with computes the same numbers."""
+"""bench: its sides run train_rl.py as it stands and compute the same; the plan is arithmetic by hand."""
 import json
 import os
 import pathlib
+import re
+import runpy
+import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
-import torch
+from safetensors.torch import load_file
 
-from bench import compare, split_arguments, summarise
-from bench_sides import model_flops
-from model import load_config, on_meta
-from tiny import make_tiny
+from bench.__main__ import PARTS, largest_difference, parse, ratios, run
+from bench.sizes import make_model
+from configurator import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-def bench(tmp_path, *arguments):
-    return subprocess.run([sys.executable, "bench.py", f"--out={tmp_path}/bench.json", *arguments], cwd=ROOT, text=True,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+CONFIG_7B = {  # the sizes of Qwen2.5-VL-7B-Instruct, written flat as its config.json on the hub is
+    "model_type": "qwen2_5_vl", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "image_token_id": 151655,
+    "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+                      "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2}}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_jsonl):
-    """(what is printed, what is written) of two steps against the plain way. All responses earn the score
-    of one that never ended; gamma spreads it unevenly, so that there are advantages and the weights move."""
-    folder = tmp_path_factory.mktemp("bench")
-    model = make_tiny(folder / "model")
-    done = bench(folder, f"--model={model}", f"--train_data={tiny_jsonl}", f"--val_data={tiny_jsonl}", "--against=plain",
-                 "--steps=2", "--warmup_steps=0", "--eval_problems=2", "--rollout=hf", "--batch_size=4", "--minibatch_size=2",
-                 "--response_tokens=12", "--frozen=False", "--learning_rate=1e-3", "--kl_loss_coeff=0.1",
-                 "--max_tokens_per_microbatch=400", "--gamma=0.9", "--sizes=num_hidden_layers=3 vision.depth=3")
+def fork(tmp_path_factory, tiny_model_dir, tiny_jsonl):
+    """A copy of the repository whose loss leaves a line in losses.txt, after a run against both ways. No
+    response is right: gamma spreads what is lost by never ending, so that there are advantages."""
+    folder = tmp_path_factory.mktemp("fork")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    shutil.copytree(ROOT / "bench", folder / "bench")
+    line = "    ratio = (new_logprobs - old_logprobs).exp()\n"  # of policy_loss
+    mark = '    print(config["out_dir"], file=open("losses.txt", "a"))\n'
+    (folder / "train_rl.py").write_text((ROOT / "train_rl.py").read_text().replace(line, mark + line))
+    knobs = dict(model=tiny_model_dir, train_data=tiny_jsonl, rollout="hf", batch_size=4, minibatch_size=2,
+                 max_new_tokens=12, max_prompt_tokens=1024, max_pixels=50176, max_tokens_per_microbatch=400,
+                 kl_loss_coeff=0.1, gamma=0.9)
+    (folder / "tiny.py").write_text("".join(f"{key} = {value!r}\n" for key, value in knobs.items()))
+    command = [sys.executable, "-m", "bench", "tiny.py", "--against=padded,plain", "--rounds=1", "--steps=1",
+               "--learning_rate=1e-3", "--out=made/tiny.json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout, json.loads((folder / "bench.json").read_text())
+    return folder, done.stdout, json.loads((folder / "made/tiny.json").read_text())
 
 
-def test_table_and_json_have_every_part(run):
-    printed, written = run
-    parts = ["data", "vision", "rollout", "old_logprobs", "ref_logprobs", "reward", "update", "sync", "evaluation", "step"]
-    summary = written["sides"]["ours"]["summary"]
-    assert list(summary) == parts and list(written["sides"]["plain"]["summary"]) == [p for p in parts if p != "evaluation"]
-    for part in parts:
-        assert f"\n{part} " in printed
-        assert summary[part]["s"]["median"] > 0 and summary[part]["peak_gb"] > 0.1 and len(summary[part]["s"]["all"]) == 2
-    assert 0 < summary["update"]["utilisation"] < 1
-    assert list(written["ratios"]["plain"]) == ["step, time", "step, CPU time", "III and IV, time", "III and IV, CPU time",
-                                                "peak_gb"]
+def test_table_and_json_have_every_part_of_every_side(fork):
+    assert fork[2]["command"].startswith("python -m bench tiny.py --against=padded,plain")
+    for name, side in fork[2]["sides"].items():
+        assert list(side["summary"]) == list(side["ratios"] or side["summary"]) == [*PARTS, "peak_gb"]
+        assert bool(side["ratios"]) == (name != "ours") and f"\n{name} " in fork[1]
+        assert all(part["median"] > 0 for part in side["summary"].values())
+        assert [[row["step"] for row in steps] for steps in side["rounds"]] == [[2]]  # 1 is the warm-up
 
 
-def test_every_response_has_the_asked_length(run):
-    for side in run[1]["sides"].values():
-        assert [(s["response_tokens"], s["longest"]) for s in side["steps"]] == [(48, 12)] * 2
+def test_a_changed_loss_is_what_every_side_runs(fork):
+    lines = (fork[0] / "losses.txt").read_text().splitlines()
+    assert {line.rpartition("/")[2] for line in lines} == {"ours", "padded", "plain"}
+    assert len(lines) >= 3 * 2 * 2  # sides, steps, updates
 
 
-def test_the_plain_way_computes_what_train_rl_computes(run):
-    ours, plain = (run[1]["sides"][name]["steps"] for name in ("ours", "plain"))
-    for a, b in zip(ours, plain):
-        for name in ("logprobs", "ref_logprobs", "entropy", "losses", "grad_norms"):
-            assert len(a["check"][name]) == (2 if name in ("losses", "grad_norms") else 48)
-            assert a["check"][name] == pytest.approx(b["check"][name], abs=1e-4), name
-    assert ours[1]["check"]["logprobs"] != pytest.approx(ours[1]["check"]["ref_logprobs"], abs=1e-2)  # the weights moved
+def test_both_ways_compute_what_train_rl_computes(fork):
+    sides = fork[2]["sides"]
+    assert sides["ours"]["rounds"][0][0]["policy/kl_loss"] > 1e-5  # the weights moved
+    for name in ("padded", "plain"):
+        difference, metric = largest_difference(sides["ours"]["rounds"], sides[name]["rounds"])
+        assert sides[name]["largest_difference"] == [difference, metric] and difference < 1e-3
 
 
-def test_a_flag_goes_to_the_script_that_has_the_knob():
-    assert split_arguments(["config/toy.py", "--steps", "3", "--batch_size", "8", "--against=trl", "--typo=1"],
-                           {"steps": 5, "against": ""}) == (["--steps", "3", "--against=trl"],
-                                                            ["config/toy.py", "--batch_size", "8", "--typo=1"])
+def test_ratios_are_per_response_token_and_round_by_round():
+    def round_of(s, tokens):
+        times = {f"time/{part}_s": s for part in PARTS}
+        return [times | {"memory/peak_gb": s, "tokens/response": tokens}]
+    made = ratios([round_of(1, 10), round_of(2, 10)], [round_of(2, 10), round_of(8, 20)])
+    assert made["trajectory+update"]["all"] == [2, 2] and made["peak_gb"]["all"] == [2, 4]
 
 
-@pytest.mark.parametrize("argument, message", [
-    ("--sizes=layers=3", "sizes: 'layers=3' is no name=number"),
-    ("--batch_sice=8", "unknown knob batch_sice, did you mean batch_size?")])
-def test_user_errors_are_one_line(tmp_path, argument, message):
-    done = bench(tmp_path, "config/toy.py", argument)
-    assert done.returncode == 2 and message in done.stderr.strip().splitlines()[-1], done.stderr[-2000:]
+@pytest.mark.parametrize("flag, message", [
+    ("--rounds=two", "--rounds: invalid int value: 'two'"), ("--steps=0", "--steps must be at least 1"),
+    ("--against=trl,verl", "padded, not 'verl'"), ("--max_steps=3", "it sets max_steps")])
+def test_errors_of_users_and_of_sides_are_one_line(flag, message):
+    with pytest.raises(UserError, match=message):
+        parse(["config/toy.py", flag])
+    with pytest.raises(UserError, match="^bench: the side trl 2 ended with status 1: no TRL$"):
+        run(["-c", "import sys; sys.exit('much more\\nno TRL')"], "the side trl 2")
 
 
-def test_flops_by_hand(tmp_path):
-    """2 layers of hidden 32 (2 heads, 1 of keys and values, MLP 64), a vocabulary of 265; a query of 8, a response of 4."""
-    hf = on_meta(load_config(make_tiny(tmp_path)))
-    flops = model_flops(hf, [SimpleNamespace(ids=[1] * 8, grid_thw=torch.tensor([[1, 4, 4]]))], [4])
-    layers = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
-    language = 2 * layers * 12 + 4 * 2 * 32 * (12 * 13 // 2) + 2 * 32 * 265 * 4  # a token sees itself and those before it
-    tower = 16 * 2 * (2 * (4 * 32 * 32 + 3 * 32 * 64) + 1176 * 32) + 4 * 2 * (128 * 128 + 128 * 32)
-    tower += 4 * 32 * 16 * (16 + 16)  # one block sees all 16 patches; a window has 56 / 14 squared, 16 as well
-    assert flops == {"rollout": language, "vision": tower, "old_logprobs": language, "ref_logprobs": language,
-                     "update": 3 * language}
+def test_sizes_make_a_model_that_has_them(tmp_path, tiny_model_dir):
+    make_model(tiny_model_dir, tmp_path / "made", "vocab_size=300 hidden_size=64 vision.depth=1", 0)
+    made = load_file(tmp_path / "made" / "model.safetensors")
+    assert made["model.embed_tokens.weight"].shape == (300, 64) and "visual.blocks.1.norm1.weight" not in made
+    with pytest.raises(UserError, match="'layers=3' is no name=number"):
+        make_model(tiny_model_dir, tmp_path / "other", "layers=3", 0)
 
 
-def test_ratios_and_sums_leave_the_evaluation_out():
-    def record(s, tokens, **more):
-        parts = {"rollout": s, "update": 2 * s} | more
-        return {"parts": {name: {"s": t, "cpu_s": t, "peak_gb": t} for name, t in parts.items()}, "response_tokens": tokens}
-    ours, theirs = [record(1, 10, evaluation=100), record(2, 10, evaluation=100)], [record(2, 10), record(8, 20)]
-    assert compare(ours, theirs)["all"] == [2, 2]  # the second made twice the tokens in four times the time
-    assert summarise(ours)["step"]["s"]["all"] == [3, 6] and summarise(ours)["step"]["peak_gb"] == 3
+def plan_of(monkeypatch, capsys, *argv):
+    monkeypatch.setattr(sys, "argv", ["bench.plan", *argv])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # it is set there
+    runpy.run_module("bench.plan", run_name="__main__")
+    printed = capsys.readouterr().out
+    numbers = re.findall(r"(?m)^(.{48}) *(\d+\.\d{3})$", printed)
+    return printed, {what.strip(): float(n) for what, n in numbers}
+
+
+def test_plan_of_the_7b_by_hand(tmp_path, monkeypatch, capsys):
+    """7.616e9 parameters in the language model, 0.677e9 in the tower; 1.09e9 of them embedding and head."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG_7B))
+    paper = str(ROOT / "config/geo3k.py"), "--nproc=7", f"--model={tmp_path}"
+    printed, found = plan_of(monkeypatch, capsys, *paper)
+    for words in "7,615,616,512 trained", "2101 rows // 896 = 2 steps", "89,600 in all", "3,200 in all":
+        assert words in printed
+    share, gathered = 7.6156 / 7, 1.090 + 6.5256 / 28  # of the language model; embedding, head and a layer
+    gpu = [4 * share, 4 * share, 8 * share, 2 * share,  # weights, gradients, moments; reference
+           2 * 0.6766, 2 * gathered, 6 * gathered,  # tower; bfloat16; its gradient, that in float32
+           # inputs of 28 layers; a layer: 6 x 3584 + 2 x 512 + 4 x 18944 in bfloat16, 2 x 3584 in float32
+           16384 * (28 * 3584 * 2 + 98304 * 2 + 2 * 3584 * 4) / 1e9,
+           3 * 4 * 2**27 / 1e9, 128 * 1280 * 3584 * 2 / 1e9, 0]  # logits, features, no sampler
+    assert list(found.values()) == pytest.approx([
+        8.2922, 6.5256, 1.090, 0.632, 0.0446, sum(gpu), *gpu, 64, 2 * 8.2922, 64 - 2 * 8.2922,
+        2 * 8.2922 + 12 * 7.6156, 2 * 8.2922, 12 * 7.6156], rel=0.02)
+    _, found = plan_of(monkeypatch, capsys, *paper, "--train_llm=False", "--train_connector=True",
+                       "--rollout=hf", "--kl_loss_coeff=0")
+    changed = {"weights, float32, sharded": 4 * 8.292 / 7, "gradients, float32, sharded": 4 * 0.0446 / 7,
+               "reference, sharded": 0, "frozen vision tower, whole": 0, "the sampler's own model": 2 * 8.292}
+    assert {what: found[what] for what in changed} == pytest.approx(changed, rel=0.02, abs=0.001)
+    with pytest.raises(UserError, match="a multiple of samples_per_query [*] nproc = 5"):
+        plan_of(monkeypatch, capsys, *paper, "--nproc=5")

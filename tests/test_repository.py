@@ -1,5 +1,6 @@
-"""What the README and the config files say is what the scripts do."""
+"""What the README and the config files say is what the scripts do, and how much there is to read."""
 import ast
+import importlib
 import pathlib
 import re
 import shlex
@@ -11,77 +12,90 @@ import configurator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS = ("train_rl.py", "train_sft.py", "evaluate.py", "reflection.py", "report.py")
-# how the scripts call configure()
-ARGUMENTS = {"evaluate.py": {"several": ("ckpt", "data")}, "reflection.py": {"positional": "data"},
-             "report.py": {"positional": "runs", "several": ("runs", "sft")}}
+SCRIPTS = ("train_rl", "train_sft", "evaluate", "reflection")
+FOLDERS = ("report", "bench")
+
+
+def tracked(pattern="*"):
+    listed = subprocess.run(["git", "ls-files", "-z", pattern], cwd=ROOT, capture_output=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [pathlib.Path(name) for name in listed.stdout.decode().split("\0")[:-1]]
+
+
+def lines(path):
+    return (ROOT / path).read_text(encoding="utf-8").splitlines()
 
 
 def commands():
     """Every command of the README's bash blocks, comments off, as lists of words."""
     for block in re.findall(r"```bash\n(.*?)```", README, re.S):
         for line in block.replace("\\\n", " ").splitlines():
-            for part in shlex.split(line, comments=True) and re.split(r"\s&&\s", line.split("  #")[0]):
-                yield shlex.split(part, comments=True)
+            for part in re.split(r"\s&&\s", line.split("  #")[0]):
+                words = shlex.split(part, comments=True)
+                yield [word for word in words if not re.match(r"[A-Z_]+=", word)]
 
 
 def names_read(source):
     """Names that the guarded body reads: a function's argument of the same name does not count."""
-    body = [node for node in ast.parse(source).body if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)]
+    body = [node for node in ast.parse(source).body
+            if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)]
     names = [node for part in body for node in ast.walk(part) if isinstance(node, ast.Name)]
     return {node.id for node in names if isinstance(node.ctx, ast.Load)}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_knob_is_read(script):
-    knobs = set(configurator.read_knobs(str(ROOT / script))[0])
-    unread = knobs - names_read((ROOT / script).read_text(encoding="utf-8"))
-    assert not unread, f"knobs that do nothing: {unread}"
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_knob_has_a_comment(script):
-    _, block = configurator.read_knobs(str(ROOT / script))
-    for line in block:
-        assert not re.match(r"[a-z_0-9]+ = ", line) or "#" in line, line
+def test_every_knob_is_read_and_has_a_comment(script):
+    source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+    block = source.split("\n# ---")[1]
+    knobs = re.findall(r"^([a-z_0-9]+) = .*", block, re.M)
+    assert not set(knobs) - names_read(source), "knobs that do nothing"
+    assert all("  # " in line for line in block.splitlines() if re.match(r"[a-z_0-9]+ = ", line))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.name)
-def test_config_files_hold_only_what_differs_or_is_explained_and_their_command(path):
+def test_config_files_hold_only_what_differs_or_is_explained_and_their_command(path, capsys):
     text = path.read_text(encoding="utf-8")
-    script = re.search(rf"(train_rl|train_sft)\.py config/{path.stem}\.py", text).group(1) + ".py"
-    defaults, _ = configurator.read_knobs(str(ROOT / script))
-    values = configurator.read_config(str(path), defaults)
-    assert len(text.splitlines()) <= 40
+    script = re.search(rf"(train_rl|train_sft)\.py\s+config/{path.stem}\.py", text)[1]
+    defaults = dict(vars(importlib.import_module(script)))
+    values = configurator.configure(dict(defaults), [str(path)])
+    set_here = re.findall(r"^(\w+) = ", text, re.M)
     explained = set(re.findall(r"^(\w+) = .*#", text, re.M))
-    same = {name for name, value in values.items() if value == defaults[name]} - explained
+    same = {name for name in set_here if values[name] == defaults[name]} - explained
     assert not same, f"{path.name} repeats defaults: {same}"
-    assert values["out_dir"] == f"out/{path.stem}"
+    assert values["out_dir"] == f"out/{path.stem}" and len(text.splitlines()) <= 40
 
 
 def test_readme_commands_name_scripts_and_knobs_that_exist(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     seen = set()
     for words in commands():
-        if words[0] in ("pip", "pytest", "git", "cd"):
+        if not words or words[0] in ("pip", "pytest", "rm"):
             continue
         assert words[0] in ("python", "torchrun"), words
-        words = words[1:]
-        while words[0].startswith("-"):
+        words = [word for word in words[1:] if word not in ("-m",)]
+        while words[0].startswith("-"):  # torchrun's own
             words = words[1:]
-        script, arguments = words[0], words[1:]
-        assert (ROOT / script).exists(), script
-        seen.add(script)
-        if script not in SCRIPTS:
-            continue
-        configurator.configure({"__file__": str(ROOT / script)}, arguments, **ARGUMENTS.get(script, {}))
-    assert set(SCRIPTS) | {"data.py"} <= seen
+        name, arguments = words[0].removesuffix(".py"), words[1:]
+        seen.add(name)
+        if name in SCRIPTS:
+            module = importlib.import_module(name)
+            configurator.configure(dict(vars(module)), arguments, "data" if name == "reflection" else "")
+        else:
+            assert (ROOT / f"{name}.py").exists() or (ROOT / name.split(".")[0]).is_dir(), name
+    assert {*SCRIPTS, "fetch", "report"} <= seen
+
+
+def test_readme_has_the_files_with_their_lines():
+    table = dict(re.findall(r"^\| \[(\w+\.py)\]\(\1\) \| (\d+) \|", README, re.M))
+    root = [path for path in tracked("*.py") if len(path.parts) == 1]
+    assert table == {path.name: str(len(lines(path))) for path in root}
 
 
 def test_readme_defines_every_metric():
     source = (ROOT / "train_rl.py").read_text(encoding="utf-8")
-    keys = set(re.findall(r'"((?:train|reward|response|policy|rollout|judge|time|tokens|memory)/\w+)"', source))
-    assert len(keys) > 20
+    keys = set(re.findall(r'"((?:train|response|policy|rollout|judge|time|tokens|memory)/\w+)"', source))
+    assert len(keys) > 15
     missing = [key for key in sorted(keys) if f"`{key}`" not in README]
     assert not missing, f"not defined in the README: {missing}"
 
@@ -91,12 +105,29 @@ def test_readme_links_lead_somewhere():
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
+def test_the_budget_of_reading():
+    python = tracked("*.py")
+    root = [path for path in python if len(path.parts) == 1]
+    folders = [path for path in python if len(path.parts) > 1 and path.parts[0] not in ("tests", "config")]
+    assert len(root) <= 13 and sum(len(lines(path)) for path in root) <= 2900
+    assert len(lines("train_rl.py")) <= 400 and sum(len(lines(path)) for path in folders) <= 1900
+    assert sum(len(lines(path)) for path in python if path.parts[0] == "tests") <= 3800
+    assert all(len(line) <= 110 for path in python for line in lines(path))
+    assert len(README.splitlines()) <= 240
+
+
+def test_nothing_at_the_root_imports_a_folder_but_the_toy():
+    for path in tracked("*.py"):
+        if len(path.parts) == 1:
+            for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                    [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert not {name.split(".")[0] for name in names} & {*FOLDERS, "tests"}, path
+
+
 def test_no_file_speaks_of_machines():
     words = re.compile(r"/(?:root|home)/|(?<![\w.])/wor[k]/")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    for name in listed.stdout.decode().split("\0")[:-1]:
-        text = (ROOT / name).read_bytes()
-        if b"\0" not in text and name != "tests/test_repository.py" and not name.startswith("toy_base/"):
-            assert not words.search(text.decode("utf-8")), name
+    for path in tracked():
+        text = (ROOT / path).read_bytes()
+        if b"\0" not in text and path.name != "test_repository.py" and path.parts[:2] != ("toy", "base"):
+            assert not words.search(text.decode("utf-8")), path

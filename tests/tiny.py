@@ -1,4 +1,4 @@
-"""A tiny random Qwen2-VL or Qwen2.5-VL with tokenizer and image processor in a folder, as the hub stores one."""
+"""A tiny random Qwen2-VL or Qwen2.5-VL with tokenizer and image processor, in a folder as the hub has it."""
 import json
 import pathlib
 
@@ -8,9 +8,9 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrain
 from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-           "<|image_pad|>", "<|video_pad|>"]
-CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+SPECIAL = [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end",
+                                      "vision_pad", "image_pad", "video_pad")]
+CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
                  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
@@ -19,43 +19,41 @@ def make_tokenizer():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=256 + len(SPECIAL), special_tokens=SPECIAL, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator([], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+    tokenizer.train_from_iterator([], trainers.BpeTrainer(
+        vocab_size=256 + len(SPECIAL), special_tokens=SPECIAL, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[2], pad_token=SPECIAL[0],
                                    additional_special_tokens=SPECIAL, chat_template=CHAT_TEMPLATE)
 
 
 def tiny_config(kind, tied, tokenizer, vocab_size=0, hidden=32, layers=2):
-    """A Qwen2_5_VLConfig or Qwen2VLConfig for the given tokenizer; vocab_size 0: one more than the
-    tokenizer's, 265, which neither 2 nor 3 ranks divide."""
-    ids = tokenizer.convert_tokens_to_ids
+    """The config for a tokenizer; vocab_size 0: one more than its own, 265, which neither 2 nor 3 divide."""
+    eot, _, eos, start, end, _, image, video = tokenizer.convert_tokens_to_ids(SPECIAL)
+    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, hidden // 4 - 5])
     text = dict(vocab_size=vocab_size or len(tokenizer) + 1, hidden_size=hidden, intermediate_size=2 * hidden,
-                num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=8192,
-                rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, hidden // 4 - 5]),
-                bos_token_id=ids("<|endoftext|>"), eos_token_id=ids("<|im_end|>"), pad_token_id=ids("<|endoftext|>"),
-                tie_word_embeddings=tied)
+                num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1, rope_parameters=rope,
+                max_position_embeddings=8192, tie_word_embeddings=tied, bos_token_id=eot, eos_token_id=eos,
+                pad_token_id=eot)
     vision = dict(depth=2, num_heads=2, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
-    common = dict(image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
-                  vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
-                  tie_word_embeddings=tied)
+    common = dict(image_token_id=image, video_token_id=video, vision_start_token_id=start,
+                  vision_end_token_id=end, tie_word_embeddings=tied)
     if kind == "qwen2_5_vl":
-        vision |= dict(hidden_size=32, intermediate_size=64, out_hidden_size=hidden, window_size=56,
-                       fullatt_block_indexes=[1])
+        vision |= dict(hidden_size=32, intermediate_size=64, out_hidden_size=hidden)
+        vision |= dict(window_size=56, fullatt_block_indexes=[1])
         return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **common)
-    return Qwen2VLConfig(text_config=text, vision_config=vision | dict(embed_dim=32, hidden_size=hidden, mlp_ratio=2),
-                         **common)
+    vision |= dict(embed_dim=32, hidden_size=hidden, mlp_ratio=2)
+    return Qwen2VLConfig(text_config=text, vision_config=vision, **common)
 
 
 def flatten(path):
-    """Writes a config.json as the hub's Qwen2-VL and Qwen2.5-VL have it: the text model's keys at the top, no text_config."""
+    """Writes a config.json as the hub's Qwen2-VL and Qwen2.5-VL have it: the text model's keys at the top."""
     config = json.loads(path.read_text(encoding="utf-8"))
     text = config.pop("text_config")
     rope = text.pop("rope_parameters")
-    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]}}
-    for key in ("model_type", "layer_types"):
-        text.pop(key)
-    path.write_text(json.dumps(text | config, indent=2), encoding="utf-8")
+    text["rope_theta"] = rope["rope_theta"]
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    del text["model_type"], text["layer_types"]
+    path.write_text(json.dumps(text | config), encoding="utf-8")
 
 
 def make_tiny(folder, kind="qwen2_5_vl", tied=True, vocab_size=0, hidden=32, layers=2, seed=0):
@@ -68,11 +66,11 @@ def make_tiny(folder, kind="qwen2_5_vl", tied=True, vocab_size=0, hidden=32, lay
         for p in model.parameters():
             if p.dim() > 1:
                 p.normal_(0, 0.2)
-    eos_id, pad_id = config.text_config.eos_token_id, config.text_config.pad_token_id
-    model.generation_config = GenerationConfig(eos_token_id=[eos_id, pad_id], pad_token_id=pad_id)
+    eos, pad = config.text_config.eos_token_id, config.text_config.pad_token_id
+    model.generation_config = GenerationConfig(eos_token_id=[eos, pad], pad_token_id=pad)
     model.save_pretrained(folder)
     flatten(folder / "config.json")
     tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, temporal_patch_size=2,
-                             size=dict(shortest_edge=28 * 28, longest_edge=1280 * 28 * 28)).save_pretrained(folder)
+    Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, temporal_patch_size=2, size=dict(
+        shortest_edge=28 * 28, longest_edge=1280 * 28 * 28)).save_pretrained(folder)
     return str(folder)
