@@ -65,7 +65,7 @@ def excepthook(kind, error, trace):
             get_error_handler().record_exception(error)
     if not issubclass(kind, UserError):
         return sys.__excepthook__(kind, error, trace)
-    print(error, file=sys.stderr, flush=True)
+    print(error, file=sys.__stderr__, flush=True)      # torch puts a buffer in the place of sys.stderr
     raise SystemExit(2)
 
 

@@ -40,6 +40,11 @@ class Sample(NamedTuple):
     solution: str  # '' when the row has none
     images: tuple  # of paths, absolute or relative to the working directory
 
+    def fields(self):
+        """What the rows that a run writes say of it; image (the first, or null) is for other programs."""
+        return {"id": self.id, "image": self.images[0] if self.images else None, "images": self.images,
+                "question": self.question, "answer": self.answer}
+
 
 class Query(NamedTuple):
     ids: list  # of int, each picture's one placeholder expanded to its tokens
@@ -60,12 +65,6 @@ class Completion(NamedTuple):
     token_ids: list  # of int; the EOS that ended it included
     logprobs: list  # of float, one a token: log_softmax(logits / temperature), banned ids at -inf
     finish_reason: str  # 'stop': an EOS was sampled; 'length': there was no room for more
-
-
-def sample_fields(sample):
-    """What the rows that a run writes say of a sample; image (the first, or null) is for other programs."""
-    return {"id": sample.id, "image": sample.images[0] if sample.images else None, "images": sample.images,
-            "question": sample.question, "answer": sample.answer}
 
 
 def request_seed(seed, step, sample_id, k) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 
 from configurator import UserError, check_at_least, configure, listed, save_config
 from data import (Dataset, Sampling, banned_token_ids, eos_token_ids, load_processor, print_warnings,
-                  request_seed, sample_fields)
+                  request_seed)
 from distributed import end, gather_json, start
 from model import compute_dtype, load_config, local_folder
 from reward import judge_batch
@@ -113,7 +113,7 @@ def evaluate(engine, dataset, max_new_tokens, seed, world, evals=EVALS, samples_
         responses = [dataset.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
         verdicts = judge_batch([(text, dataset.samples[i].answer) for text, i in zip(responses, mine)])
         gathered = gather_json([
-            (i, {**sample_fields(dataset.samples[i]), "setting": drawn, "response": response,
+            (i, {**dataset.samples[i].fields(), "setting": drawn, "response": response,
                  "correct": v.correct, "error": v.error, "rewards": {"accuracy": float(v.correct)},
                  "length": len(c.token_ids), "finish_reason": c.finish_reason})
             for i, response, v, c in zip(mine, responses, verdicts, completions)])

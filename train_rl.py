@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from checkpoint import Logs, Stop, check_trainer, load_trainer, save_checkpoint
 from configurator import UserError, check_at_least, configure, one_of
 from data import (Dataset, Sampling, banned_token_ids, eos_token_ids, load_processor, order, print_warnings,
-                  request_seed, sample_fields)
+                  request_seed)
 from distributed import all_sum, end, gather_json, start
 from evaluate import evaluate_all
 from model import (compute_dtype, encode, gather_weights, learning_rate_at, load_policy, local_folder,
@@ -311,6 +311,7 @@ if __name__ == "__main__":
         records = []
         verdicts = judge_batch(list(zip(responses, [train.samples[row].answer for row in rows])))
         for row, completion, response, verdict in zip(rows, completions, responses, verdicts):
+            # a part for each reward, which the metrics show by itself; the score is what trains
             parts = {"accuracy": float(verdict.correct), "language": language_reward(response),
                      "format": format_reward(response)}
             score = (parts["accuracy"] + language_reward_coeff * parts["language"]
@@ -318,7 +319,7 @@ if __name__ == "__main__":
             if no_eos_score and completion.finish_reason != "stop":
                 score = no_eos_score
             records.append({
-                **sample_fields(train.samples[row]),  # id, image, images, question, answer
+                **train.samples[row].fields(),  # id, image, images, question, answer
                 "response": response, "correct": verdict.correct, "error": verdict.error, "score": score,
                 "rewards": parts, "length": len(completion.token_ids), "query_length": len(queries[row].ids),
                 "finish_reason": completion.finish_reason})
@@ -346,17 +347,17 @@ if __name__ == "__main__":
                     new_logprobs, entropy = policy([sequences[i] for i in micro], temperature)
                     at = micro, slice(new_logprobs.shape[1])  # its rows, cut to the longest of its responses
                     mask = response_mask[at]
+                    # Eq. 1: the clipped loss and the KL to the reference, each token weighed as loss_agg says
                     pg_loss, ratio, clipped = policy_loss(
                         new_logprobs, old_logprobs[at], advantages[at], clip_low, clip_high)
                     kl_loss = k3(new_logprobs, ref_logprobs[at])
                     weights = loss_weights(mask, loss_agg, minibatch_size, n_tokens)
                     loss = (weights * (pg_loss + kl_loss_coeff * kl_loss)).sum()
                     (loss * world_size).backward()  # FSDP averages over ranks; the weights want the sum
-                    measured = dict(
-                        tokens=mask, pg_loss=weights * pg_loss, kl_loss=weights * kl_loss, kl=kl[at],
-                        entropy=entropy, ratio=ratio * mask, clipfrac=clipped * mask,
-                        approx_kl=k3(old_logprobs[at], new_logprobs),
-                        logprob_diff=(new_logprobs - rollout_logprobs[at]).abs())
+                    measured = dict(tokens=mask, pg_loss=weights * pg_loss, kl_loss=weights * kl_loss,
+                                    entropy=entropy, kl=kl[at], approx_kl=k3(old_logprobs[at], new_logprobs),
+                                    logprob_diff=(new_logprobs - rollout_logprobs[at]).abs(),
+                                    ratio=ratio * mask, clipfrac=clipped * mask)
                     for name, values in measured.items():  # (b, r) each, 0 on padding
                         sums[name] += values.detach().double().sum()
                 update = (step - 1) * updates_per_step + len(updates)  # of the run, from 0
@@ -389,10 +390,9 @@ if __name__ == "__main__":
         if eval_due:
             epoch = step / steps_per_epoch
             evaluate_all(engine, eval_sets, step, epoch, max_new_tokens, seed, world, logs, save_samples)
-        told_to_stop = stop.agreed()  # by a signal, whose number it is
-        if save_due or told_to_stop:
+        if stop.agreed() or save_due:
             save_checkpoint(out_dir, step, policy, visual, optimizer, folder, precision, keep_checkpoints)
-        if told_to_stop:
+        if stop.exit_status:
             break
     engine.close()
     logs.close()

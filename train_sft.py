@@ -154,10 +154,9 @@ if __name__ == "__main__":
                   f"{tokens / batch_size:.1f} tokens a solution | {m['time/step_s']:.2f}s", flush=True)
         if engine and (step == steps or step % (steps_per_epoch * eval_every_epochs) == 0):
             evaluate_now(step)
-        told_to_stop = stop.agreed()  # by a signal, whose number it is
-        if step == steps or told_to_stop or (save_every_steps and step % save_every_steps == 0):
+        if stop.agreed() or step == steps or (save_every_steps and step % save_every_steps == 0):
             save_checkpoint(out_dir, step, policy, visual, optimizer, folder, stored, keep_checkpoints)
-        if told_to_stop:
+        if stop.exit_status:
             break
     if engine:
         engine.close()

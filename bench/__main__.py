@@ -162,7 +162,8 @@ def main(argv):
     versions = {p.name: p.version for name in PACKAGES for p in importlib.metadata.distributions(name=name)}
     commit = os.popen("git describe --always --dirty 2>&1").read().strip()
     result = {"command": shlex.join(["python", "-m", "bench", *argv]), "commit": commit, "versions": versions,
-              "machine": f"{platform.machine()}, {os.cpu_count()} cores", "sides": {}}
+              "machine": f"{platform.machine()}, {os.cpu_count()} cores, OMP_NUM_THREADS="
+              f"{os.environ.get('OMP_NUM_THREADS', '')!r}", "sides": {}}
     for name, its in rounds.items():
         side = result["sides"][name] = {"summary": summarise(its), "ratios": {}, "rounds": its}
         if name != "ours":

@@ -1,7 +1,6 @@
 """A script as it stands, with one hook from outside; the other arguments are the script's own.
 
-    NANOMAYE_HOOK=record:FILE python tests/patched_run.py train_rl.py config/toy.py
-"""
+    NANOMAYE_HOOK=record:FILE python tests/patched_run.py train_rl.py config/toy.py"""
 import os
 import pathlib
 import runpy

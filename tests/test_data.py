@@ -102,8 +102,8 @@ def test_bad_rows_are_named_at_once_with_line_and_reason_and_then_counted(tmp_pa
 def test_what_runs_write_of_a_sample_names_its_first_picture_or_none():
     sample = data.Sample("i", "<image>?", "2", "", ("a", "b"))
     fields = dict(id="i", image="a", images=("a", "b"), question="<image>?", answer="2")
-    assert data.sample_fields(sample) == fields
-    assert data.sample_fields(sample._replace(images=()))["image"] is None
+    assert sample.fields() == fields
+    assert sample._replace(images=()).fields()["image"] is None
 
 
 def test_solutions_are_checked_only_where_they_are_needed(tmp_path, processor):

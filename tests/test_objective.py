@@ -56,8 +56,7 @@ def test_whitened_values_have_mean_0_and_variance_1_over_the_mask_and_ignore_pad
     assert whiten(torch.full((3, 3), -0.1), MASK).abs().max() < 1e-3, "equal scores give no gradient"
 
 
-def test_whitening_is_over_all_ranks(monkeypatch):
-    """Two gloo ranks, one of them without a token that counts."""
+def test_whitening_is_over_all_ranks(monkeypatch):  # two, by gloo; one has no token that counts
     values, mask = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.ones(4, 3).bool()
     mask[1, 1:] = mask[2:] = False
     store, here = dist.HashStore(), threading.local()
@@ -131,12 +130,13 @@ def test_update_metrics_are_means_over_tokens_and_updates_without_those_left_out
     first = dict(zip(names, (10, 2.0, 1e-3, 1, 0.5, 3.0, 6, 5, 10, 0, 0)))
     left_out = dict(zip(names, (99, math.inf, 2e-3, 9, *[math.nan] * 7)))
     last = dict(zip(names, (30, 4.0, 3e-3, 9, 0.1, 1.0, 2, 35, 50, 4, 2)))
-    got = update_metrics([first, left_out, last], 0.5)
+    got = update_metrics([first, left_out, last], 0.5, "a reference")
     expected = dict(loss=0.3 + 0.5 * 2, pg_loss=0.3, kl_loss=2.0, entropy=1.0, ratio=1.5, clipfrac=0.1,
                     approx_kl=0.05, grad_norm=3.0, lr=3e-3, updates=2, skipped=1)
     expected = {f"policy/{key}": value for key, value in expected.items()} | {"rollout/kl": 0.2}
     assert got == pytest.approx(expected | {"rollout/logprob_diff": 0.1})  # of the first update alone
-    assert math.isnan(update_metrics([left_out], 0.5)["policy/ratio"]), "no update is left: null"
+    assert math.isnan(update_metrics([left_out], 0.5, "a reference")["policy/ratio"])
+    assert math.isnan(update_metrics([first], 0.0, None)["policy/kl_loss"]), "without a reference: null"
 
 
 @pytest.mark.parametrize("script", ["train_rl", "train_sft", "evaluate"])
