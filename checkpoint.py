@@ -58,6 +58,8 @@ def check_trainer(config):
     out_dir, logger = config["out_dir"], config["logger"]
     if not (config["model"] and config["train_data"]):
         raise UserError("command line: model or train_data is empty; start from a config, as config/toy.py")
+    if not (config["train_llm"] or config["train_connector"] or config["train_vit"]):
+        raise UserError("config: nothing to train; set train_llm, train_connector or train_vit to True")
     if config["init_from"] == "pretrained" and os.path.exists(f"{out_dir}/metrics.jsonl"):
         raise UserError(f"{out_dir} holds a run; go on with it by --init_from=resume, choose another "
                         f"--out_dir, or rm -r {out_dir}")

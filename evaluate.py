@@ -89,7 +89,7 @@ def parse_settings(text):
         except (TypeError, ValueError):  # no match, no number
             raise UserError(f"settings: {words!r} cannot be read: write 'pass@8 T=1 top_p=1' (top_p may be "
                             "left out, pass@1/2/4 asks for several k), a comma between two") from None
-        if not (evals[-1][0] and 0.01 <= temperature <= 2 and 0 < top_p <= 1):
+        if not (all(k for k, *_ in evals) and 0.01 <= temperature <= 2 and 0 < top_p <= 1):
             raise UserError(f"settings: {words!r}: k from 1, T from 0.01 to 2, top_p above 0 and at most 1")
     if not evals or len(set(evals)) < len(evals):
         raise UserError(f"settings: none given, or one of them twice: {text!r}")

@@ -6,6 +6,7 @@ import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded: a slip is an error, not a wait
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads that wait for each other cost more here
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU machine too: the figures are those of float32 on a CPU
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]

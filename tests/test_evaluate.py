@@ -62,7 +62,7 @@ OUTSIDE = "pass@0 T=1", "pass@1 T=0", "pass@1 T=2.1", "pass@1 T=1 top_p=0", "pas
     ("", "none given"), ("pass@1 T=1, pass@1 T=1.0 top_p=1", "of them twice"), ("pass@8/1/8 T=1", "twice"),
     *[(text, f"{text!r} cannot be read: write 'pass@8 T=1 top_p=1'") for text in UNREADABLE],
     *[(text, f"{text!r}: k from 1, T from 0.01 to 2, top_p above 0 and at most 1") for text in OUTSIDE],
-    pytest.param("pass@0/8 T=1", "k from 1", marks=pytest.mark.xfail(reason="only the last k is looked at"))])
+    ("pass@0/8 T=1", "k from 1")])
 def test_settings_that_cannot_be_read_say_why(text, said):
     with pytest.raises(UserError, match="^settings: .*" + re.escape(said)):
         parse_settings(text)

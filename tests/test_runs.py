@@ -351,7 +351,7 @@ def test_wrong_knobs_are_errors_before_any_model(common, tiny_jsonl, tmp_path, m
             (dict(out_dir=tmp_path), "holds a run; go on with it by --init_from=resume"),
             (dict(init_from="scratch"), "init_from must be one of 'pretrained', 'resume', got 'scratch'"),
             (dict(logger="paper"), "logger must be one of 'none', 'tensorboard', 'wandb', got 'paper'"),
-            (dict(epochs=0), "epochs must be at least 1, got 0"),
+            (dict(epochs=0), "epochs must be at least 1, got 0"), (dict(train_llm=False), "nothing to train"),
             (dict(batch_size=24), "12 rows do not fill one batch, batch_size=24")]:
         for script, knobs in (("train_rl.py", dict(minibatch_size=4)), ("train_sft.py", {})):
             with pytest.raises(UserError, match=re.escape(said)):
