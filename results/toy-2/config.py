@@ -1,11 +1,10 @@
-# argv: ['train_rl.py', 'config/toy.py', '--seed=2', '--overwrite=True', '--out_dir=out/toy-2']
-# processes: 1
-# versions: python 3.11.7, torch 2.13.0+cpu, transformers 5.19.0, vllm not installed
-# git commit: 1942ca15e5f17be4342ed00c52132158add92d8c
-
+# argv: ['train_rl.py', 'config/toy.py', '--seed=2', '--out_dir=out/toy-2']
+# commit: 'b5f907a'
+# torch 2.13.0+cpu
+# transformers 5.19.0
 out_dir = 'out/toy-2'
 seed = 2
-model = 'toy_base'
+model = 'toy/base'
 train_data = 'data/toy/train.jsonl'
 val_data = 'data/toy/val.jsonl'
 test_data = 'data/toy/test.jsonl'
@@ -13,11 +12,11 @@ min_pixels = 3136
 max_pixels = 50176
 max_prompt_tokens = 1024
 rollout = 'hf'
+samples_per_query = 1
 temperature = 1.0
 max_new_tokens = 96
 gpu_memory_utilization = 0.8
 rollout_ahead = 0
-tis_clip = 2.0
 epochs = 2
 max_steps = 0
 batch_size = 256
@@ -30,7 +29,8 @@ gamma = 1.0
 kl_loss_coeff = 0.001
 kl_reward_coeff = 0.0
 loss_agg = 'seq_mean'
-old_logprobs = 'engine'
+old_logprobs_from = 'engine'
+tis_clip = 0.0
 language_reward_coeff = 0.1
 format_reward_coeff = 0.0
 no_eos_score = -0.1
@@ -45,17 +45,10 @@ train_llm = True
 train_connector = False
 train_vit = False
 dtype = 'auto'
-keep_features = True
 activation_checkpointing = False
 eval_every_epochs = 1
 save_every_steps = 0
-save_every_minutes = 0
 keep_checkpoints = 3
 init_from = 'pretrained'
-overwrite = True
 save_samples = 16
 logger = 'none'
-max_skipped_updates = 8
-timeout_minutes = 120.0
-max_logprob_diff = 0.1
-dry_run = False
