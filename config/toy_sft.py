@@ -2,7 +2,7 @@
 
     python train_sft.py config/toy_sft.py
 
-2 CPU cores: some 4 minutes. Expect, validation, pass@1: T=0.6 25 -> 94 percent, T=0.01 24 -> 93 (results/toy.md).
+2 CPU cores: 4 minutes. Expect, validation, pass@1: T=0.6 25 -> 94 percent, T=0.01 24 -> 93 (results/toy.md).
 """
 out_dir = "out/toy_sft"
 model = "toy/base"
