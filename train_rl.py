@@ -258,8 +258,7 @@ if __name__ == "__main__":
         print(f"{len(train)} queries, {steps_per_epoch} steps an epoch; steps {first_step} to {steps}, each "
               f"{responses_per_step} responses and {updates_per_step} updates; "
               f"{sum(p.numel() for p in trained):,} parameters trained on {world_size} processes")
-    # the engine gets the weights the way it does after every step; then both sides must give the same
-    # log-probabilities
+    # the weights go to the engine as after each step; then both must give the same log-probabilities
     engine.load_weights(gather_weights(policy, precision))
     check_parity(engine, policy, visual, train, world, sampling, max_tokens_per_microbatch)
     if eval_every_epochs and first_step == 1:

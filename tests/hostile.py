@@ -14,6 +14,7 @@ import time
 GOLDS = "20", r"5\sqrt{3}", r"\frac{\pi a^2}{4}", "x^2+y^2=4", "(3,-4)", "B"
 BIG = 10**6
 
+# what responses hold to have it run: text for the judge, which evaluates none of it (HERE is a canary)
 CODE = r"""__import__('os').system('touch HERE') | ().__class__.__bases__[0].__subclasses__() | eval('1')
 exec('x=1') | open('HERE','w').write('x') | lambda: 3 | f'{open("HERE","w")}' | 20;import os | S('open(1)')
 sympify('__import__("os").mkdir("HERE")') | Symbol('x').subs(1, 2) | parse_expr('1') | $(touch HERE) | exit()
