@@ -80,6 +80,18 @@ def order(n, seed, epoch) -> list:
     return indices
 
 
+def step_requests(step, train, seed, batch_size, samples_per_query, world):
+    """(rows, seeds): indices into train of this rank's responses, samples_per_query in a row of one query,
+    and the seed of each. Query p of the step is of rank p % world_size: so the k-th minibatches of all ranks
+    together are a block of the step, the same for any number of ranks."""
+    steps_per_epoch = len(train) // batch_size
+    epoch, batch = divmod(step - 1, steps_per_epoch)
+    queries = order(len(train), seed, epoch)[batch * batch_size:(batch + 1) * batch_size]
+    rows = [row for row in queries[world.rank::world.world_size] for _ in range(samples_per_query)]
+    return rows, [request_seed(seed, step, train.samples[row].id, k % samples_per_query)
+                  for k, row in enumerate(rows)]
+
+
 # ---- text and token ids
 def load_processor(model_dir):
     """(tokenizer, image processor) of a checkpoint folder or hub name; UserError where it has none."""
@@ -99,19 +111,17 @@ def prompt_text(tokenizer, question) -> str:
                                          add_generation_prompt=True)
 
 
-def banned_token_ids(tokenizer) -> list:
-    """Ids of the vision tokens: a sampled <|image_pad|> would be a picture to every later forward."""
+def special_token_ids(tokenizer, model_dir):
+    """(ids that end a response, ids that none may hold). The former: the tokenizer's EOS and the model's
+    generation_config.json's (Qwen's chat models: two). The latter: the vision tokens, since a sampled
+    <|image_pad|> would be a picture to every later forward."""
     vocabulary = tokenizer.get_vocab()
-    return sorted(vocabulary[token] for token in VISION_TOKENS if token in vocabulary)
-
-
-def eos_token_ids(tokenizer, model_dir) -> list:
-    """Ids that end a response: the tokenizer's EOS and generation_config.json's (Qwen's chat models: two)."""
+    banned = sorted(vocabulary[token] for token in VISION_TOKENS if token in vocabulary)
     ids, path = {tokenizer.eos_token_id}, pathlib.Path(model_dir) / "generation_config.json"
     if path.exists():
         eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
         ids |= set(eos) if isinstance(eos, list) else {eos}
-    return sorted(ids - {None})
+    return sorted(ids - {None}), banned
 
 
 def mrope_positions(ids, grids, image_token_id, merge_size):
@@ -284,17 +294,23 @@ class Dataset:
         return Query(ids, positions, grids, images, pixels=[], features=[])
 
 
-def print_warnings(datasets):
-    """Prints, of {split: Dataset}, how many problems and pictures (by their bytes) are in train too."""
-    problems = {}
-    for split, dataset in datasets.items():  # (question, digest of each picture) of each sample
-        problems[split] = [(row.question, *(hashlib.sha256(pathlib.Path(path).read_bytes()).digest()
-                                            for path in row.images)) for row in dataset.samples]
-    train = set(problems.pop("train", []))
+def open_datasets(paths, tokenizer, image_processor, min_pixels, max_pixels, max_prompt_tokens,
+                  need_solution=False):
+    """(the Dataset of train, {split: those of the others}) of paths, {split: path, or '' for none}. Warns of
+    problems and pictures (by their bytes) of the others that are in train too. need_solution: of train."""
+    datasets, problems = {}, {}
+    for split, path in paths.items():
+        if path:
+            datasets[split] = Dataset(path, tokenizer, image_processor, min_pixels, max_pixels,
+                                      max_prompt_tokens, need_solution and split == "train")
+            problems[split] = [(row.question, *(hashlib.sha256(pathlib.Path(file).read_bytes()).digest()
+                                                for file in row.images)) for row in datasets[split].samples]
+    train = set(problems.pop("train"))  # (question, digest of each picture) of each sample
     pictures = {picture for _, *images in train for picture in images}
     for split, others in problems.items():
         same = sum(problem in train for problem in others)
         seen = sum(not pictures.isdisjoint(images) for _, *images in others)
-        if same or seen:
+        if (same or seen) and os.environ.get("RANK", "0") == "0":
             print(f"warning: of {len(others)} problems of {split}, {same} are in train too (question and "
                   f"pictures), and {seen} have a picture of train")
+    return datasets.pop("train"), datasets

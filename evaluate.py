@@ -18,8 +18,7 @@ import re
 import numpy as np
 
 from configurator import UserError, check_at_least, configure, listed, save_config
-from data import (Dataset, Sampling, banned_token_ids, eos_token_ids, load_processor, print_warnings,
-                  request_seed)
+from data import Dataset, Sampling, load_processor, request_seed, special_token_ids
 from distributed import end, gather_json, start
 from model import compute_dtype, load_config, local_folder
 from reward import judge_batch
@@ -179,15 +178,14 @@ if __name__ == "__main__":
         datasets = [Dataset(path, tokenizer, image_processor, min_pixels, max_pixels, max_prompt_tokens)
                     for path in paths]
         engine = open_engine(rollout, folder, compute_dtype(dtype, world.device), world,
-                             eos_token_ids(tokenizer, folder), banned_token_ids(tokenizer),
-                             max_prompt_tokens + max_new_tokens, gpu_memory_utilization, trains=False)
-        if is_main and name == checkpoints[0]:
-            print_warnings(dict(zip(paths, datasets)))
+                             *special_token_ids(tokenizer, folder), max_prompt_tokens + max_new_tokens,
+                             gpu_memory_utilization, trains=False)
         for path, dataset in zip(paths, datasets):
             rows, samples = evaluate(engine, dataset, max_new_tokens, seed, world, evals, samples_per_problem)
             words = re.split(r"[\W_]+", os.path.basename(path).lower())
             split = next((SPLITS[word] for word in words if word in SPLITS), "test")
-            head = {"step": None, "epoch": None, "split": split, "ckpt": name, "data": path}
+            step = re.search(r"/step_(\d+)$", os.path.realpath(folder))  # a checkpoint of the trainers
+            head = dict(step=step and int(step[1]), epoch=None, split=split, ckpt=name, data=path)
             if not is_main:
                 continue
             for row in rows:

@@ -206,8 +206,8 @@ class Policy(torch.nn.Module):
         self.banned_ids = torch.tensor(banned_ids, dtype=torch.int64)
 
     def forward(self, sequences, temperature):
-        """logprobs (B, R) and entropy (B, R), float32, of the response tokens of B sequences, padded on the
-        right with 0 to the longest response R. temperature > 0 divides the logits."""
+        """logprobs and (without a gradient) entropy, (B, R) float32, of the response tokens of B sequences,
+        padded on the right with 0 to the longest response R. temperature > 0 divides the logits."""
         head = self.language_model.embed_tokens if self.lm_head is None else self.lm_head
         device, lengths = head.weight.device, [len(s.ids) for s in sequences]
         ids = torch.cat([s.ids for s in sequences]).to(device)  # (T,)

@@ -73,8 +73,9 @@ def ratios(counts):
     return {name: part / whole if whole else None for name, (part, whole) in fractions.items()}
 
 
-def metrics(counts):
+def metrics(responses, correct):
     """What a run logs: reflection/<ratio>, a fraction or None, and reflection_words/<word>, occurrences."""
+    counts = tally(responses, correct)
     logged = {f"reflection/{name}": value for name, value in ratios(counts).items()}
     return logged | {f"reflection_words/{word}": counts[word] for word in WORDS}
 

@@ -21,13 +21,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from checkpoint import Logs, Stop, check_trainer, load_trainer, save_checkpoint
 from configurator import UserError, check_at_least, configure, one_of
-from data import (Dataset, Sampling, banned_token_ids, eos_token_ids, load_processor, order, print_warnings,
-                  request_seed)
+from data import Sampling, load_processor, open_datasets, special_token_ids, step_requests
 from distributed import all_sum, end, gather_json, start
 from evaluate import evaluate_all
 from model import (compute_dtype, encode, gather_weights, learning_rate_at, load_policy, local_folder,
-                   make_sequence, mask_responses, microbatches, peak_gb, response_logprobs)
-from reflection import metrics as reflection_metrics, tally
+                   make_sequence, microbatches, peak_gb, response_logprobs)
+from objective import compute_advantages, correct, estimate_kl, loss_weights, policy_loss
+from reflection import metrics as reflection_metrics
 from reward import format_reward, judge_batch, language_reward
 from rollout import check_parity, open_engine
 
@@ -44,11 +44,11 @@ max_pixels = 1003520  # larger pictures are shrunk: 1280 * 28 * 28 = 1280 image 
 max_prompt_tokens = 2048  # a longer prompt is an error at the start; prompts are never cut
 # sampling
 rollout = "vllm"  # the engine: 'vllm', on the GPU after the training ones; 'hf', each process its own share
-samples_per_query = 1  # responses to each query (paper: 1)
+samples_per_query = 1  # responses to each query, its group (paper: 1)
 temperature = 1.0  # divides the logits in the sampler and in the loss alike
 max_new_tokens = 2048  # tokens of a response at most; a longer one ends without EOS
 gpu_memory_utilization = 0.8  # fraction of its GPU that vLLM takes (paper)
-rollout_ahead = 0  # 1: sample the next batch while training on this one, by weights a step old; see tis_clip
+rollout_ahead = 0  # 1: sample the next batch while training on this one, by weights a step old
 # length of the run
 epochs = 30  # passes over the training queries
 max_steps = 0  # steps of the run; 0 = all epochs
@@ -56,19 +56,24 @@ batch_size = 896  # queries of a step, all ranks (paper: 128 x 7)
 minibatch_size = 28  # responses (not queries) of an update, all ranks (paper: 4 x 7)
 ppo_epochs = 1  # uses of a step's responses
 max_tokens_per_microbatch = 16384  # of a forward and backward; less = less memory, the same gradient
-# objective
-clip_low = 0.2  # negative advantages: no gradient where the ratio is below 1 - clip_low
-clip_high = 0.2  # positive advantages: no gradient where the ratio is above 1 + clip_high
+# objective (objective.py; the README's table of methods)
+advantage = "reinforce++"  # paper; of a group: 'reinforce++_baseline', 'grpo', 'dr_grpo', 'rloo'
 gamma = 1.0  # discount per token
-kl_loss_coeff = 0.001  # weight of the k3 KL to the model as loaded in the loss; 0 = off (paper, appendix A)
-kl_reward_coeff = 0.0  # weight of the same KL as a penalty in the token rewards; 0 turns it off (paper: 0)
-loss_agg = "seq_mean"  # 'seq_mean': tokens of a response, then responses (Eq. 1); 'token_mean': all tokens
+ratio = "token"  # 'token': PPO's; 'sequence': GSPO's, of whole responses; 'cispo': a bounded weight
+clip_low = 0.2  # negative advantages: no gradient below a ratio of 1 - clip_low (cispo: its weight's least)
+clip_high = 0.2  # positive advantages: no gradient above 1 + clip_high (cispo: its weight's most)
+loss_agg = "seq_mean"  # mean over a response, then over responses (Eq. 1); 'token_mean'; 'constant' (Dr.GRPO)
+kl_loss_coeff = 0.001  # weight in the loss of the k3 KL to the untrained model (paper, appendix A); 0 = off
+kl_reward_coeff = 0.0  # weight of that KL as a penalty in the token rewards; 0 turns it off (paper: 0)
+kl_estimator = "k3"  # of the KL in the rewards: 'k1' (an unbiased gradient), 'k2', 'k3' (paper)
 old_logprobs_from = "trainer"  # the ratio's denominator: 'trainer', by a forward; 'engine', the engine's own
-tis_clip = 0.0  # weigh tokens by p(trainer) / p(engine), at most this; 0 = off; with rollout_ahead: 2.0
+correction = "none"  # for p(trainer) / p(engine): 'truncate': it weighs tokens; 'mask': drops sequences
+correction_cap = 2.0  # weights are at most this, or sequences beyond it leave the loss
 # reward
 language_reward_coeff = 0.1  # times minus the fraction of letters neither Latin nor Greek; 0 turns it off
 format_reward_coeff = 0.0  # times 1 for a response with one well-formed box at its end; 0 = off (paper)
 no_eos_score = -0.1  # score of a response that never ended; 0 = score it like any other
+mask_unfinished = False  # True leaves such a response out of the loss; its group's mean still has its score
 # optimizer
 learning_rate = 5e-6  # AdamW's peak; cosine to 0 after the warm-up
 warmup_ratio = 0.1  # fraction of the updates over which the learning rate rises
@@ -83,102 +88,45 @@ train_vit = False  # True trains the vision tower
 dtype = "auto"  # of compute: 'float32', 'bfloat16', or 'auto' (bfloat16 on GPU, float32 on CPU)
 activation_checkpointing = True  # True recomputes each layer in backward: less memory, a third more compute
 # what is written
-eval_every_epochs = 1  # evaluate after so many epochs, before the first step, after the last; 0 = never
+eval_every_epochs = 1.0  # evaluate after so many (0.25: 4 times in each), and before and after all; 0 = never
 save_every_steps = 0  # checkpoint after every so many steps; 0 = only after the last
 keep_checkpoints = 3  # the newest so many stay; 0 = all
 init_from = "pretrained"  # 'pretrained': from model; 'resume': from out_dir's newest checkpoint, if any
 save_samples = 16  # responses of a step that go to samples.jsonl
 logger = "none"  # 'none', 'tensorboard' (out_dir/tensorboard) or 'wandb' (offline: set WANDB_MODE=offline)
 # ------------------------------------------------------------------------------------------------------------
-# pure functions: the objective, on (B, R) tensors; then what a step samples, and what is said of it
-
-def k3(logprobs, ref_logprobs):
-    """Schulman's k3 estimate of KL(policy || reference) at each token, exp(ref - new) - (ref - new) - 1 >= 0.
-    Paper, Eq. 1; http://joschu.net/blog/kl-approx.html. Any shape."""
-    difference = ref_logprobs - logprobs
-    return difference.expm1() - difference  # exp(x) - 1 - x would round to below 0 for small x
-
-
-def token_rewards(scores, kl, response_mask, kl_reward_coeff):
-    """(B, R): -kl_reward_coeff * kl at each token, and the score (B,) at the last token that counts."""
-    last = response_mask & (response_mask.flip(1).cumsum(1).flip(1) == 1)  # True, with no True to its right
-    return -kl_reward_coeff * kl * response_mask + scores[:, None] * last
-
-
-def discounted_returns(rewards, gamma):
-    """(B, R): at each token the sum of its own and all later rewards, discounted by gamma per token."""
-    returns, running = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        running = rewards[:, t] + gamma * running
-        returns[:, t] = running
-    return returns
-
-
-def whiten(values, mask):
-    """values with mean 0 and variance 1 over the True entries of mask on all ranks, 0 elsewhere. Both (B, R).
-    A collective: every rank must call it. MAYE's code adds the mean back; we do not (departure 2)."""
-    x = values.double() * mask
-    count, total = all_sum(torch.stack([mask.sum().double(), x.sum()]))
-    centred = (x - total / count) * mask
-    variance = all_sum((centred ** 2).sum()) / count  # two passes: a difference of squares loses digits
-    return (centred * (variance + 1e-8).rsqrt()).float()
-
-
-def loss_weights(response_mask, loss_agg, n_responses, n_tokens):
-    """(B, R) weights that sum to 1 over a whole minibatch (all ranks, all micro-batches) of so many responses
-    and tokens: a token's loss times its weight, summed, is the mean that loss_agg names."""
-    if loss_agg == "token_mean":
-        return response_mask / n_tokens
-    return response_mask / (response_mask.sum(1, keepdim=True).clamp(min=1) * n_responses)
-
-
-def policy_loss(new_logprobs, old_logprobs, advantages, clip_low, clip_high):
-    """loss, ratio and clipped, (B, R) each: PPO's clipped loss (to be minimised), the probability ratio, and
-    whether clipping took the token's gradient away. All inputs (B, R)."""
-    ratio = (new_logprobs - old_logprobs).exp()
-    loss = -advantages * ratio
-    clipped_loss = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    return torch.maximum(loss, clipped_loss), ratio, clipped_loss > loss
-
-
-def step_requests(step, train, seed, batch_size, samples_per_query, world):
-    """(rows, seeds): indices into train of this rank's responses, samples_per_query in a row of one query,
-    and the seed of each. Query p of the step is of rank p % world_size: so the k-th minibatches of all ranks
-    together are a block of the step, the same for any number of ranks."""
-    steps_per_epoch = len(train) // batch_size
-    epoch, batch = divmod(step - 1, steps_per_epoch)
-    queries = order(len(train), seed, epoch)[batch * batch_size:(batch + 1) * batch_size]
-    rows = [row for row in queries[world.rank::world.world_size] for _ in range(samples_per_query)]
-    return rows, [request_seed(seed, step, train.samples[row].id, k % samples_per_query)
-                  for k, row in enumerate(rows)]
-
+# pure functions: what is said of a step
 
 def response_metrics(records):
     """Means over the records of a step, all ranks. A new key of their "rewards" shows up by itself."""
     def mean(values):
         return sum(values) / len(records)
+    groups = collections.defaultdict(list)  # scores of a query's responses
+    for record in records:
+        groups[record["id"]].append(record["score"])
+    equal = sum(len(set(scores)) == 1 for scores in groups.values())
     return {
         "train/accuracy": mean(r["correct"] for r in records),
         "train/score": mean(r["score"] for r in records),
+        "train/groups_without_signal": equal if len(groups) < len(records) else math.nan,  # nan: no groups
         **{f"reward/{name}": mean(r["rewards"][name] for r in records) for name in records[0]["rewards"]},
         "response/length": mean(r["length"] for r in records),
         "response/clip_ratio": mean(r["finish_reason"] != "stop" for r in records),
-        **reflection_metrics(tally([r["response"] for r in records], [r["correct"] for r in records])),
+        **reflection_metrics([r["response"] for r in records], [r["correct"] for r in records]),
         "judge/errors": sum(bool(r["error"]) for r in records),
         "judge/timeouts": sum(r["error"] == "timeout" for r in records),
         "tokens/prompt": sum(r["query_length"] for r in records),
         "tokens/response": sum(r["length"] for r in records)}
 
 
-def update_metrics(updates, kl_loss_coeff, reference):
+def update_metrics(updates, reference):
     """Means over the updates of a step (losses, norms) or over their tokens, without those that were skipped.
     logprob_diff is the first update's: its forward is by the policy that the step began with."""
     made = [update for update in updates if math.isfinite(update["grad_norm"])]
     total = {name: sum(update[name] for update in made) for name in updates[0]}
     count, tokens = len(made) or math.nan, total["tokens"] or math.nan  # no update made: nan, written as null
     return {
-        "policy/loss": (total["pg_loss"] + kl_loss_coeff * total["kl_loss"]) / count,
-        **{f"policy/{name}": total[name] / count for name in ("pg_loss", "grad_norm")},
+        **{f"policy/{name}": total[name] / count for name in ("loss", "pg_loss", "grad_norm")},
         "policy/kl_loss": math.nan if reference is None else total["kl_loss"] / count,
         **{f"policy/{name}": total[name] / tokens for name in ("entropy", "ratio", "clipfrac", "approx_kl")},
         "policy/lr": updates[-1]["lr"],
@@ -204,39 +152,43 @@ if __name__ == "__main__":
     check_trainer(config)  # what both trainers check
     check_at_least(config, 1, "minibatch_size", "samples_per_query", "ppo_epochs")
     check_at_least(config, 0.01, "temperature")
-    one_of(config, "loss_agg", "seq_mean", "token_mean")
+    one_of(config, "advantage", "reinforce++", "reinforce++_baseline", "grpo", "dr_grpo", "rloo")
+    one_of(config, "ratio", "token", "sequence", "cispo")
+    one_of(config, "loss_agg", "seq_mean", "token_mean", "constant")
+    one_of(config, "kl_estimator", "k1", "k2", "k3")
     one_of(config, "old_logprobs_from", "trainer", "engine")
+    one_of(config, "correction", "none", "truncate", "mask")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     responses_per_step = batch_size * samples_per_query  # each rank gets whole queries in whole minibatches
     if responses_per_step % minibatch_size or minibatch_size % (samples_per_query * world_size):
         raise UserError(f"config: {minibatch_size=} must divide batch_size * samples_per_query, "
                         f"{responses_per_step}, and be a multiple of {samples_per_query=} * {world_size=}")
-    if tis_clip and old_logprobs_from == "engine":
-        raise UserError("config: tis_clip does nothing with old_logprobs_from='engine', its weights are 1")
-    if rollout_ahead and old_logprobs_from == "trainer" and not tis_clip:
-        raise UserError("config: the responses of rollout_ahead=1 are an older policy's, so set tis_clip=2.0 "
-                        "or old_logprobs_from='engine'")
+    if advantage != "reinforce++" and samples_per_query == 1:
+        raise UserError(f"config: {advantage=} compares a query's responses, so set samples_per_query=8")
+    if correction != "none" and old_logprobs_from == "engine":
+        raise UserError(f"config: {correction=} does nothing with old_logprobs_from='engine': ratios are 1")
+    if rollout_ahead and old_logprobs_from == "trainer" and correction == "none":
+        raise UserError("config: the responses of rollout_ahead=1 are an older policy's, so set "
+                        "correction='truncate' or old_logprobs_from='engine'")
     folder = local_folder(model)
     tokenizer, image_processor = load_processor(folder)
     paths = {"train": train_data, "validation": val_data, "test": test_data}
-    datasets = {split: Dataset(path, tokenizer, image_processor, min_pixels, max_pixels, max_prompt_tokens)
-                for split, path in paths.items() if path}
-    train, eval_sets = datasets["train"], {split: x for split, x in datasets.items() if split != "train"}
+    train, eval_sets = open_datasets(
+        paths, tokenizer, image_processor, min_pixels, max_pixels, max_prompt_tokens)
     steps_per_epoch = len(train) // batch_size  # an epoch's remainder is left out, as in the paper
     if steps_per_epoch == 0:
         raise UserError(f"{train_data}: {len(train)} rows do not fill one batch, {batch_size=}")
     steps = max_steps or epochs * steps_per_epoch
+    eval_every_steps = max(1, round(eval_every_epochs * steps_per_epoch))
     updates_per_step = responses_per_step // minibatch_size * ppo_epochs
     minibatch_per_rank = minibatch_size // world_size
 
     # --- engine, policy, reference, optimizer
     world, stop = start(), Stop()
     is_main, device = world.rank == 0, world.device
-    if is_main:
-        print_warnings(datasets)
     precision = compute_dtype(dtype, device)
     # banned: vision tokens, which neither engine samples, and which are outside the policy's distribution too
-    eos_ids, banned_ids = eos_token_ids(tokenizer, folder), banned_token_ids(tokenizer)
+    eos_ids, banned_ids = special_token_ids(tokenizer, folder)
     engine = open_engine(rollout, folder, precision, world, eos_ids, banned_ids,
                          max_prompt_tokens + max_new_tokens, gpu_memory_utilization)
     sampling = Sampling(temperature, 1.0, max_new_tokens)  # top_p 1: what it cuts off would bias the ratio
@@ -266,7 +218,7 @@ if __name__ == "__main__":
 
     in_flight = False  # whether the engine is sampling the next step's batch already (rollout_ahead)
     for step in range(first_step, steps + 1):
-        eval_due = eval_every_epochs and (step == steps or step % (steps_per_epoch * eval_every_epochs) == 0)
+        eval_due = eval_every_epochs and (step == steps or step % eval_every_steps == 0)
         save_due = step == steps or (save_every_steps and step % save_every_steps == 0)
         t_start = time.perf_counter()
 
@@ -295,16 +247,16 @@ if __name__ == "__main__":
 
         # 3) Trajectory Generation ---------------------------------------------------------------------------
         # in: queries and completions. out: the trajectory of B responses, R tokens in the longest: sequences,
-        # response_mask, three (B, R) log-probabilities, 0 on padding, and scores; records, for people to
-        # read.
+        # response_mask, three (B, R) log-probabilities, 0 on padding, and scores; records, for people.
         sequences = [make_sequence(queries[row], c.token_ids) for row, c in zip(rows, completions)]
-        response_mask = mask_responses(sequences).to(device)  # (B, R), True on response tokens, EOS included
+        response_mask = pad_sequence([torch.ones(len(c.token_ids), dtype=torch.bool) for c in completions],
+                                     batch_first=True).to(device)  # (B, R), True on tokens, EOS included
         engine_logprobs = [torch.tensor(c.logprobs) for c in completions]
         rollout_logprobs = pad_sequence(engine_logprobs, batch_first=True).to(device)  # (B, R), the engine's
-        old_logprobs = rollout_logprobs  # (B, R), of the policy that sampled; or, by a forward, as it is now
+        old_logprobs = rollout_logprobs  # (B, R), what ratios divide by: the engine's or, by a forward, ours
         if old_logprobs_from == "trainer":
             old_logprobs = response_logprobs(policy, sequences, max_tokens_per_microbatch, temperature)
-        ref_logprobs = old_logprobs  # (B, R), of the model as loaded; without a KL term no distance to it
+        ref_logprobs = old_logprobs  # (B, R), of the model as loaded; without a KL term it only fills a place
         if reference is not None:
             ref_logprobs = response_logprobs(reference, sequences, max_tokens_per_microbatch, temperature)
         records = []
@@ -326,38 +278,40 @@ if __name__ == "__main__":
         t_trajectory = time.perf_counter()
 
         # 4) Policy Update -----------------------------------------------------------------------------------
-        # in: the trajectory. out: batch_size * samples_per_query / minibatch_size * ppo_epochs optimizer
-        # steps, and, unless it is sampling, an engine with the new weights; updates: what each of them met,
-        # all ranks.
-        kl = k3(old_logprobs, ref_logprobs)  # (B, R)
-        rewards = token_rewards(scores, kl, response_mask, kl_reward_coeff)  # (B, R)
-        # no critic: the whitened returns are the advantages, (B, R)
-        advantages = whiten(discounted_returns(rewards, gamma), response_mask)
-        if tis_clip:  # weights > 0 may go into the advantages: max(w * a, w * b) = w * max(a, b)
-            advantages = advantages * (old_logprobs - rollout_logprobs).exp().clamp(max=tis_clip)
+        # in: the trajectory. out: responses_per_step / minibatch_size * ppo_epochs optimizer steps; updates,
+        # what each of them met on all ranks; and, unless it is sampling, an engine with the new weights.
+        kl = estimate_kl(old_logprobs, ref_logprobs, kl_estimator)  # (B, R), as the rest here
+        corrections, correction_metrics = correct(
+            old_logprobs, rollout_logprobs, response_mask, correction, correction_cap)
+        loss_mask = response_mask & (corrections > 0)  # True on tokens that train
+        if mask_unfinished:
+            loss_mask &= torch.tensor([[c.finish_reason == "stop"] for c in completions], device=device)
+        advantages = compute_advantages(
+            scores, kl, loss_mask, advantage, samples_per_query, gamma, kl_reward_coeff)
+        advantages = advantages * corrections  # weights w >= 0: max(w * a, w * b) = w * max(a, b)
+        weights = loss_weights(loss_mask, loss_agg, minibatch_per_rank, max_new_tokens)
         updates = []
         for _ in range(ppo_epochs):
             for first in range(0, len(rows), minibatch_per_rank):  # in order: the step's queries are shuffled
                 minibatch = list(range(first, first + minibatch_per_rank))
-                n_tokens = all_sum(response_mask[minibatch].sum()).item()  # of the minibatch, all ranks
                 sums = collections.defaultdict(float)
                 # as many micro-batches on every rank, since FSDP's layers gather their weights together
                 for micro in microbatches(sequences, minibatch, max_tokens_per_microbatch):
                     new_logprobs, entropy = policy([sequences[i] for i in micro], temperature)
                     at = micro, slice(new_logprobs.shape[1])  # its rows, cut to the longest of its responses
-                    mask = response_mask[at]
-                    # Eq. 1: the clipped loss and the KL to the reference, each token weighed as loss_agg says
-                    pg_loss, ratio, clipped = policy_loss(
-                        new_logprobs, old_logprobs[at], advantages[at], clip_low, clip_high)
-                    kl_loss = k3(new_logprobs, ref_logprobs[at])
-                    weights = loss_weights(mask, loss_agg, minibatch_size, n_tokens)
-                    loss = (weights * (pg_loss + kl_loss_coeff * kl_loss)).sum()
+                    mask = response_mask[at]  # all tokens, to measure; loss_mask is in advantages and weights
+                    # Eq. 1: clipped loss and KL, each weighed as loss_agg says; entropy carries no gradient
+                    pg_loss, policy_ratio, clipped = policy_loss(
+                        new_logprobs, old_logprobs[at], advantages[at], mask, ratio, clip_low, clip_high)
+                    kl_loss = estimate_kl(new_logprobs, ref_logprobs[at])
+                    loss = (weights[at] * (pg_loss + kl_loss_coeff * kl_loss)).sum()
                     (loss * world_size).backward()  # FSDP averages over ranks; the weights want the sum
-                    measured = dict(tokens=mask, pg_loss=weights * pg_loss, kl_loss=weights * kl_loss,
-                                    entropy=entropy, kl=kl[at], approx_kl=k3(old_logprobs[at], new_logprobs),
-                                    logprob_diff=(new_logprobs - rollout_logprobs[at]).abs(),
-                                    ratio=ratio * mask, clipfrac=clipped * mask)
-                    for name, values in measured.items():  # (b, r) each, 0 on padding
+                    measured = dict(
+                        tokens=mask, loss=loss, pg_loss=weights[at] * pg_loss, kl_loss=weights[at] * kl_loss,
+                        entropy=entropy, kl=kl[at], approx_kl=estimate_kl(old_logprobs[at], new_logprobs),
+                        logprob_diff=(new_logprobs - rollout_logprobs[at]).abs(),
+                        ratio=policy_ratio * mask, clipfrac=clipped * mask)
+                    for name, values in measured.items():  # (b, r) but for loss, 0 on padding
                         sums[name] += values.detach().double().sum()
                 update = (step - 1) * updates_per_step + len(updates)  # of the run, from 0
                 lr = learning_rate_at(update, steps * updates_per_step, learning_rate, warmup_ratio)
@@ -378,7 +332,8 @@ if __name__ == "__main__":
         # metrics: over all responses and tokens of the step, all ranks --------------------------------------
         step_records = sorted(sum(gather_json(records), []), key=lambda r: r["id"])  # whatever the ranks
         m = {"step": step, "epoch": (step - 1) // steps_per_epoch, "samples": step * responses_per_step,
-             **response_metrics(step_records), **update_metrics(updates, kl_loss_coeff, reference),
+             **response_metrics(step_records), **correction_metrics,
+             **update_metrics(updates, reference),
              "time/rollout_s": t_rollout - t_start, "time/trajectory_s": t_trajectory - t_rollout,
              "time/update_s": t_update - t_trajectory, "time/sync_s": t_sync - t_update,
              "time/step_s": time.perf_counter() - t_start, "memory/peak_gb": peak_gb(device)}

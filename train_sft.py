@@ -15,7 +15,7 @@ import torch
 
 from checkpoint import Logs, Stop, check_trainer, load_trainer, save_checkpoint
 from configurator import UserError, configure
-from data import Dataset, banned_token_ids, eos_token_ids, load_processor, order, print_warnings
+from data import load_processor, open_datasets, order, special_token_ids
 from distributed import all_sum, end, start
 from evaluate import evaluate_all
 from model import (compute_dtype, encode, gather_weights, learning_rate_at, load_policy, local_folder,
@@ -55,7 +55,7 @@ activation_checkpointing = True  # True recomputes each layer in backward: less 
 rollout = "vllm"  # 'vllm' or 'hf': what samples the evaluation's responses
 max_new_tokens = 2048  # tokens of an evaluation's response at most
 gpu_memory_utilization = 0.8  # fraction of its GPU that vLLM takes
-eval_every_epochs = 1  # evaluate after so many epochs, before the first update, after the last; 0 = never
+eval_every_epochs = 1.0  # evaluate after so many (0.25: 4 times in each), and before and after all; 0 = never
 save_every_steps = 0  # checkpoint after every so many updates; 0 = only after the last
 keep_checkpoints = 3  # the newest so many stay; 0 = all
 init_from = "pretrained"  # 'pretrained': from model; 'resume': from out_dir's newest checkpoint, if any
@@ -72,25 +72,22 @@ if __name__ == "__main__":
         raise UserError(f"config: batch_size must be a multiple of {world_size} processes, got {batch_size}")
     folder = local_folder(model)
     tokenizer, image_processor = load_processor(folder)
-    pixels = min_pixels, max_pixels, max_prompt_tokens
-    train = Dataset(train_data, tokenizer, image_processor, *pixels, need_solution=True)
-    paths = {"validation": val_data, "test": test_data} if eval_every_epochs else {}
-    eval_sets = {split: Dataset(path, tokenizer, image_processor, *pixels)
-                 for split, path in paths.items() if path}
+    paths = {"train": train_data, "validation": val_data, "test": test_data}
+    train, eval_sets = open_datasets(paths, tokenizer, image_processor, min_pixels, max_pixels,
+                                     max_prompt_tokens, need_solution=True)
     steps_per_epoch = len(train) // batch_size
     if steps_per_epoch == 0:
         raise UserError(f"{train_data}: {len(train)} rows do not fill one batch, {batch_size=}")
     steps = max_steps or epochs * steps_per_epoch
+    eval_every_steps = max(1, round(eval_every_epochs * steps_per_epoch))
 
     world, stop = start(), Stop()
     is_main, device = world.rank == 0, world.device
-    if is_main:
-        print_warnings({"train": train, **eval_sets})
     precision = compute_dtype(dtype, device)
     stored = precision if save_dtype == "auto" else compute_dtype(save_dtype, device)
-    eos_ids, banned_ids = eos_token_ids(tokenizer, folder), banned_token_ids(tokenizer)
+    eos_ids, banned_ids = special_token_ids(tokenizer, folder)
     engine = None
-    if eval_sets:
+    if eval_sets and eval_every_epochs:
         engine = open_engine(rollout, folder, precision, world, eos_ids, banned_ids,
                              max_prompt_tokens + max_new_tokens, gpu_memory_utilization)
     policy, visual = load_policy(folder, world, precision, banned_ids, train_llm, train_connector, train_vit,
@@ -152,7 +149,7 @@ if __name__ == "__main__":
         if is_main:
             print(f"step {step}/{steps} | loss {m['policy/loss']:.4f} | grad norm {norm:.2f} lr {lr:.1e} | "
                   f"{tokens / batch_size:.1f} tokens a solution | {m['time/step_s']:.2f}s", flush=True)
-        if engine and (step == steps or step % (steps_per_epoch * eval_every_epochs) == 0):
+        if engine and (step == steps or step % eval_every_steps == 0):
             evaluate_now(step)
         if stop.agreed() or step == steps or (save_every_steps and step % save_every_steps == 0):
             save_checkpoint(out_dir, step, policy, visual, optimizer, folder, stored, keep_checkpoints)

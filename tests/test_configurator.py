@@ -10,7 +10,7 @@ from importlib.metadata import version
 import pytest
 
 import configurator
-from configurator import UserError, check_at_least, configure, listed, one_of, save_config
+from configurator import UserError, configure, save_config
 
 SCRIPT = '''"""A script."""
 import math
@@ -50,22 +50,16 @@ def resolve(tmp_path, monkeypatch):
     return lambda *argv, **options: configure(runpy.run_path("train.py"), list(argv), **options)
 
 
-def test_knobs_are_the_lower_case_names_between_the_rules(resolve):
-    assert resolve() == DEFAULTS
-    configure(script := runpy.run_path("train.py"), ["--offset=3"])
-    assert script["offset"] == 3
-
-
 @pytest.mark.parametrize("argv, expected", [
     (["--run_name=a=b"], {"run_name": "a=b"}), (["--run_name="], {"run_name": ""}),
     (["--run_name", "it's b"], {"run_name": "it's b"}), (["--run_name=--x"], {"run_name": "--x"}),
-    (["--run_name=2024"], {"run_name": "2024"}),
+    ([], {}), (["--run_name=2024"], {"run_name": "2024"}),
     (["--batch_size=1e3"], {"batch_size": 1000}), (["--batch_size=7*16"], {"batch_size": 112}),
     (["--batch_size=9007199254740993"], {"batch_size": 9007199254740993}),
     (["--offset", "-7"], {"offset": -7}), (["--learning_rate", "-1e-4"], {"learning_rate": -1e-4}),
     (["--learning_rate=1"], {"learning_rate": 1.0}), (["--dry_run=false"], {"dry_run": False}),
     (["--dry_run=true"], {"dry_run": True}), (["--dry_run", "TRUE"], {"dry_run": True})])
-def test_both_ways_to_write_a_flag(resolve, argv, expected):
+def test_knobs_are_the_lower_case_names_between_the_rules_set_by_flags_in_both_ways(resolve, argv, expected):
     config = resolve(*argv)
     assert repr(config) == repr(DEFAULTS | expected)     # repr tells 1.0 from 1
 
@@ -95,14 +89,11 @@ def test_messages_of_the_command_line(resolve, argument, message):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("lerning_rate = 1", "unknown knob lerning_rate, did you mean learning_rate?"),
-    ("offset = 1\noffset = 2", "offset is set twice, keep one"),
     ("import os", "unknown knob import os, did you mean --help?"),
     ("open('ran', 'w')", "unknown knob open('ran', 'w'), did you mean --help?"),
     ("offset += 1", "unknown knob offset += 1, did you mean offset?"),
     *[(f"{key} = {got}", f"{key} must be {WANTED[key]}, got {got}") for key, got in [
-        ("batch_size", "12.5"), ("batch_size", "True"), ("batch_size", "'8'"), ("dry_run", "1"),
-        ("dry_run", "'True'"), ("run_name", "5"), ("run_name", "None"), ("offset", "2 ** 3"),
+        ("batch_size", "'8'"), ("dry_run", "'True'"), ("run_name", "5"), ("offset", "2 ** 3"),
         ("offset", "1 // 0"), ("offset", "batch_size = 1"), ("learning_rate", "1" + "0" * 400),
         ("learning_rate", "1e309 - 1e309"), ("run_name", "open('ran', 'w').name"), ("run_name", "f'{1}'")]]])
 def test_messages_of_a_config_file_which_never_runs(resolve, text, message):
@@ -167,14 +158,3 @@ def test_a_user_error_is_its_message_and_status_2_also_under_torchrun(resolve):
     assert run("--lerning_rate=1", TORCHELASTIC_ERROR_FILE="error.json").returncode == 2
     recorded = json.loads(pathlib.Path("error.json").read_text())
     assert recorded["message"]["extraInfo"]["py_callstack"].endswith(message)  # which torchrun prints
-
-
-def test_checks_name_the_knob_and_what_came():
-    config = {"epochs": 0, "logger": "x", "clip": 1}
-    check_at_least(config, 0, "clip", "epochs")
-    one_of(config, "logger", "none", "x")
-    with pytest.raises(UserError, match="^config: epochs must be at least 1, got 0$"):
-        check_at_least(config, 1, "clip", "epochs")
-    with pytest.raises(UserError, match="^config: logger must be one of 'none', 'wandb', got 'x'$"):
-        one_of(config, "logger", "none", "wandb")
-    assert listed("a b, c,") == ["a b", "c"] and listed("") == []

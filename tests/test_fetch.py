@@ -9,6 +9,7 @@ from PIL import Image
 
 import fetch
 from configurator import UserError
+from test_evaluate import read
 
 
 def picture(path, shade):
@@ -16,14 +17,10 @@ def picture(path, shade):
     Image.new("RGB", (90, 60), (shade, 0, 0)).save(path)
 
 
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def check_pictures(folder):
     """Every row's picture is its own: its red is the row's answer."""
     for path in folder.glob("*.jsonl"):
-        for row in rows_of(path):
+        for row in read(path):
             assert Image.open(folder / row["image"]).getpixel((0, 0))[0] == int(row["answer"])
 
 
@@ -50,8 +47,8 @@ def test_the_authors_files_are_converted_with_the_rows_that_sft_can_learn_from(t
         f"{folder}/mm_math_test_v0.jsonl: 1 rows",
         f"{folder}/mm_math_sft_v0.jsonl: 3 rows"]
     row = dict(id="mm/7", question="<image>Für  7", answer="7", solution="\\boxed{7}")
-    assert rows_of(folder / "mm_math_test_v0.jsonl") == [row | {"image": "images/test-00000.png"}]
-    assert [row["id"] for row in rows_of(folder / "mm_math_sft_v0.jsonl")] == ["mm/1", "mm/2", "mm/4"]
+    assert read(folder / "mm_math_test_v0.jsonl") == [row | {"image": "images/test-00000.png"}]
+    assert [row["id"] for row in read(folder / "mm_math_sft_v0.jsonl")] == ["mm/1", "mm/2", "mm/4"]
     check_pictures(folder)
     assert os.listdir(tmp_path / "data") == ["mm_math5k"] and folder.stat().st_mode & 0o777 == 0o755
     with pytest.raises(UserError, match="is there already"):
@@ -73,7 +70,7 @@ def test_geometry3k_in_its_own_layout_is_converted_in_the_order_of_its_ids(tmp_p
         (tmp_path / "raw" / split / str(i) / "data.json").write_text(json.dumps(row))
     fetch.convert("geo3k_raw", str(tmp_path / "raw"), str(tmp_path / "data"))
     folder = tmp_path / "data" / "geometry3k"
-    assert [[row["id"][-1] for row in rows_of(folder / f"geometry3k_{split}_v0.jsonl")]
+    assert [[row["id"][-1] for row in read(folder / f"geometry3k_{split}_v0.jsonl")]
             for split in ("rl", "validation", "test")] == [["0", "1", "5"], ["2", "4"], ["3"]]
     check_pictures(folder)
 

@@ -41,7 +41,7 @@ def dataset(folder, mixed_jsonl):
 
 
 def banned(dataset):
-    return data.banned_token_ids(dataset.tokenizer)
+    return data.special_token_ids(dataset.tokenizer, "")[1]
 
 
 def sequences_of(visual, dataset, rows=(0, 1, 2, 3)):

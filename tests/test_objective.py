@@ -1,9 +1,11 @@
-"""The objective and the metrics of train_rl.py, on numbers worked by hand and against slow loops."""
+"""The objective against slow loops, numbers worked by hand and finite differences; train_rl.py's metrics."""
 import ast
 import datetime
+import itertools
 import math
 import pathlib
 import re
+import statistics
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -13,71 +15,276 @@ import torch
 import torch.distributed as dist
 
 import distributed
-from data import order, request_seed
-from train_rl import (discounted_returns, k3, loss_weights, policy_loss, response_metrics, step_requests,
-                      token_rewards, update_metrics, whiten)
+from data import order, request_seed, step_requests
+from objective import (baselined_scores, compute_advantages, correct, estimate_kl, loss_weights,
+                       policy_loss, token_rewards, whiten)
+from train_rl import response_metrics, update_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]]).bool()  # three tokens, EOS first, all padding
+MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]]).bool()  # three tokens, EOS first, all left out
+LOSS_AGGS = "seq_mean", "token_mean", "constant"
+ADVANTAGES = "reinforce++", "reinforce++_baseline", "grpo", "dr_grpo", "rloo"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def one_process():
     distributed.start()
     yield
     dist.destroy_process_group()
 
 
-def test_k3_by_hand_and_its_mean_is_the_kl_divergence():
+def ragged(seed, n=8):
+    """Lengths, a mask, scores, and three (n, 7) log-probabilities with anything at all on padding."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 8, (n,), generator=generator).tolist()
+    scores = torch.randint(-1, 3, (n,), generator=generator) / 10
+    logprobs = -3 * torch.rand(3, n, 7, generator=generator, dtype=torch.float64)
+    return lengths, torch.arange(7) < torch.tensor(lengths)[:, None], scores, *logprobs
+
+
+# ---- slow versions: a response at a time, a token at a time
+def slow_advantages(scores, kl, lengths, advantage, n, gamma, coeff):
+    found = []
+    for i, length in enumerate(lengths):
+        group = [float(s) for s in scores[i // n * n:i // n * n + n]]
+        score = float(scores[i])
+        if advantage == "rloo":
+            score -= (sum(group) - score) / (n - 1)
+        elif advantage != "reinforce++":
+            score -= statistics.fmean(group)
+        if advantage == "grpo":
+            score /= statistics.stdev(group) + 1e-6
+        rewards = [-coeff * float(kl[i, t]) + (score if t == length - 1 else 0) for t in range(length)]
+        found.append([sum(gamma ** (k - t) * rewards[k] for k in range(t, length)) for t in range(length)])
+    tokens = [x for row in found for x in row]
+    if advantage.startswith("reinforce++"):
+        mean, deviation = statistics.fmean(tokens), math.sqrt(statistics.pvariance(tokens) + 1e-8)
+        shift = mean if advantage == "reinforce++" else 0
+        found = [[(x - shift) / deviation for x in row] for row in found]
+    return found
+
+
+def slow_loss(new, old, advantages, lengths, kind, low, high):
+    """[(loss, ratio, clipped) of each token] of each response."""
+    found = []
+    for i, length in enumerate(lengths):
+        logs = (new[i] - old[i])[:length].tolist()
+        row = []
+        for t in range(length):
+            ratio = math.exp(sum(logs) / length if kind == "sequence" else logs[t])
+            bounded, a = min(max(ratio, 1 - low), 1 + high), float(advantages[i, t])
+            if kind == "cispo":
+                row.append((-bounded * a * new[i, t].item(), ratio, bounded != ratio))
+            else:
+                row.append((-min(ratio * a, bounded * a), ratio, bounded * a < ratio * a))
+        found.append(row)
+    return found
+
+
+def flat(rows):
+    return [x for row in rows for x in row]
+
+
+# ---- fast against slow
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_estimates_against_slow_ones_and_by_hand(estimator):
+    _, _, _, p, q, _ = ragged(0)
+    for got, a, b in zip(estimate_kl(p, q, estimator).flatten(), p.flatten().tolist(), q.flatten().tolist()):
+        slow = {"k1": a - b, "k2": (a - b) ** 2 / 2, "k3": math.exp(b - a) - (b - a) - 1}
+        assert got.item() == pytest.approx(slow[estimator], abs=1e-6)
+    by_hand = {"k1": [0, 1, -1], "k2": [0, 0.5, 0.5], "k3": [0, math.exp(-1), math.e - 2]}
     new, ref = torch.tensor([0.0, -1.0, -2.0]), torch.tensor([0.0, -2.0, -1.0])
-    torch.testing.assert_close(k3(new, ref), torch.tensor([0.0, math.exp(-1), math.e - 2]))
-    assert (k3(new, new + 1e-6) >= 0).all(), "1e-6 is not rounded away"
+    assert estimate_kl(new, ref, estimator).tolist() == pytest.approx(by_hand[estimator])
+
+
+def test_the_means_of_k1_and_k3_are_the_kl_and_k3_is_never_negative():
+    assert (estimate_kl(torch.tensor([0.0, -1, -2]), torch.tensor([1e-6, -1 + 1e-6, -2])) >= 0).all()
     p, q = torch.randn(7).log_softmax(-1), torch.randn(7).log_softmax(-1)
-    torch.testing.assert_close((p.exp() * k3(p, q)).sum(), (p.exp() * (p - q)).sum())
+    for estimator in ("k1", "k3"):
+        mean = (p.exp() * estimate_kl(p, q, estimator)).sum()
+        torch.testing.assert_close(mean, (p.exp() * (p - q)).sum())
+    assert torch.equal(estimate_kl(p, q), estimate_kl(p, q, "k3"))
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+@pytest.mark.parametrize("gamma, coeff", [(1.0, 0.0), (1.0, 0.3), (0.9, 0.0), (0.9, 0.3)])
+def test_advantages_against_a_slow_version(advantage, gamma, coeff):
+    lengths, mask, scores, old, _, ref = ragged(int(100 * (gamma + coeff)), n=12)
+    kl, n = estimate_kl(old, ref), 4
+    got = compute_advantages(scores, kl, mask, advantage, n, gamma, coeff)
+    expected = slow_advantages(scores, kl, lengths, advantage, n, gamma, coeff)
+    assert got[mask].tolist() == pytest.approx(flat(expected), abs=2e-6) and not got[~mask].any()
+
+
+def test_baselines_by_hand():
+    """A group of 1, 0, 0, 1: mean 1/2, standard deviation 1/sqrt(3); one of 0.3 alike."""
+    scores = torch.tensor([1, 0, 0, 1, 0.3, 0.3, 0.3, 0.3])
+    root, zeros = math.sqrt(3) / 2, [0.0] * 4
+    for advantage, high in (("dr_grpo", 0.5), ("reinforce++_baseline", 0.5), ("grpo", root), ("rloo", 2 / 3)):
+        expected = [high, -high, -high, high, *zeros]
+        assert baselined_scores(scores, advantage, 4).tolist() == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(baselined_scores(scores, "reinforce++", 4), scores)
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES[1:])
+def test_a_group_of_equal_scores_gives_exactly_zero(advantage):
+    generator = torch.Generator().manual_seed(0)
+    for n in (2, 3, 5, 7, 8, 11):
+        scores = (torch.rand(40, generator=generator) - 0.3).repeat_interleave(n)
+        scores[:n] = torch.arange(n)  # one group has a signal
+        mask = torch.arange(5) < torch.randint(1, 6, (40 * n, 1), generator=generator)
+        got = compute_advantages(scores, torch.zeros(mask.shape), mask, advantage, n, 1.0, 0.0)
+        assert got[:n].any() and torch.equal(got[n:], torch.zeros(39 * n, 5))
+
+
+def test_reinforce_plus_plus_baseline_by_hand():
+    """Scores 1, 0 and 1, 1 of 1, 3, 2, 2 tokens: 0.5 once, -0.5 three times, 0 four times. Their mean is
+    -1/8, their variance 1/8 - 1/64 = 7/64: the advantages are +-0.5 by sqrt(7)/8, and 0, not 1/8 by it."""
+    scores, mask = torch.tensor([1.0, 0, 1, 1]), torch.arange(3) < torch.tensor([[1], [3], [2], [2]])
+    got = compute_advantages(scores, torch.zeros(4, 3), mask, "reinforce++_baseline", 2, 1, 0)
+    high = 4 / math.sqrt(7)
+    assert got[mask].tolist() == pytest.approx([high, *[-high] * 3, 0, 0, 0, 0], rel=1e-5)
 
 
 def test_a_score_stands_at_the_last_token_that_counts():
     kl = torch.tensor([[0.1, 0.2, 0.3], [0.4, 9.0, 9.0], [9.0, 9.0, 9.0]])
     rewards = token_rewards(torch.tensor([1.0, -1.0, 7.0]), kl, MASK, 0.5)
     torch.testing.assert_close(rewards, torch.tensor([[-0.05, -0.1, 0.85], [-1.2, 0, 0], [0, 0, 0]]))
+    hole = torch.tensor([[1, 0, 0, 1, 0]]).bool()  # as truncation to a weight of 0 leaves
+    assert token_rewards(torch.ones(1), torch.zeros(1, 5), hole, 0.5).tolist() == [[0, 0, 0, 1, 0]]
 
 
-def test_returns_accumulate_backwards():
-    rewards = torch.tensor([[1.0, 2.0, 4.0], [-1.0, 0.0, 0.0]])  # the second: EOS first, then padding
-    torch.testing.assert_close(discounted_returns(rewards, 1.0), torch.tensor([[7.0, 6, 4], [-1, 0, 0]]))
-    torch.testing.assert_close(discounted_returns(rewards, 0.5), torch.tensor([[3.0, 4, 4], [-1, 0, 0]]))
-
-
-def test_whitened_values_have_mean_0_and_variance_1_over_the_mask_and_ignore_padding(one_process):
+def test_whitened_values_have_mean_0_and_variance_1_over_the_mask_and_ignore_padding():
     values = torch.tensor([[1.0, 2.0, 3.0], [10.0, 99.0, 99.0], [99.0, 99.0, 99.0]])
     white = whiten(values, MASK)
     torch.testing.assert_close(white[MASK], (values[MASK] - 4) / values[MASK].std(unbiased=False))
     assert torch.equal(white, whiten(values.where(MASK, torch.tensor(-1e6)), MASK)) and not white[~MASK].any()
     assert whiten(torch.full((3, 3), -0.1), MASK).abs().max() < 1e-3, "equal scores give no gradient"
+    assert not whiten(values, MASK & False).any(), "nothing is left in the loss"
 
 
-def test_whitening_is_over_all_ranks(monkeypatch):  # two, by gloo; one has no token that counts
-    values, mask = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.ones(4, 3).bool()
-    mask[1, 1:] = mask[2:] = False
+def on_two_ranks(monkeypatch, function):
+    """[function(0), function(1)], as two processes by gloo."""
     store, here = dist.HashStore(), threading.local()
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor: here.group.allreduce([tensor]).wait())
+
+    def all_reduce(tensor, op=dist.ReduceOp.SUM):
+        options = dist.AllreduceOptions()
+        options.reduceOp = op
+        here.group.allreduce([tensor], options).wait()
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
 
     def rank(i):
         here.group = dist.ProcessGroupGloo(store, i, 2, datetime.timedelta(seconds=60))
-        return whiten(values[2 * i:2 * i + 2], mask[2 * i:2 * i + 2])
+        return function(i)
 
     with ThreadPoolExecutor(2) as pool:
-        white = torch.cat(list(pool.map(rank, range(2))))
-    expected = (values - values[mask].mean()) / values[mask].std(unbiased=False)
-    torch.testing.assert_close(white, expected * mask)
+        return list(pool.map(rank, range(2)))
 
 
-def test_loss_weights_sum_to_one_over_a_minibatch_however_it_is_cut():
-    torch.testing.assert_close(loss_weights(MASK, "token_mean", 3, 4), MASK / 4)
-    expected = MASK[:2] / torch.tensor([[6], [2]])  # Eq. 1: each response weighs the same
-    torch.testing.assert_close(loss_weights(MASK[:2], "seq_mean", 2, 4), expected)
-    torch.testing.assert_close(loss_weights(MASK[1:2], "seq_mean", 2, 4), expected[1:])  # a micro-batch
-    assert (loss_weights(MASK, "seq_mean", 3, 4)[2] == 0).all(), "a row without a token of weight"
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_two_ranks_have_the_advantages_weights_and_corrections_of_one(monkeypatch, advantage):
+    """8 rows in minibatches of 4; all that counts on the second rank is one token."""
+    _, mask, scores, old, new, ref = ragged(3)
+    mask[4:] = False
+    mask[5, 0] = True
+
+    def all_of(rows):
+        corrected, metrics = correct(old[rows], new[rows], mask[rows], "mask", 2.0)
+        weights = [loss_weights(mask[rows], agg, len(rows) // 2, 9) for agg in LOSS_AGGS]
+        advantages = compute_advantages(scores[rows], ref[rows], mask[rows], advantage, 2, 1.0, 0.1)
+        return [advantages, corrected, *weights], metrics
+
+    # the k-th minibatch of one process is the k-th of each of two, together
+    order_of_one = [0, 1, 4, 5, 2, 3, 6, 7]
+    whole, metrics = all_of(order_of_one)
+    parts = on_two_ranks(monkeypatch, lambda i: all_of([0, 1, 2, 3] if i == 0 else [4, 5, 6, 7]))
+    for name, value in metrics.items():
+        assert parts[0][1][name] == parts[1][1][name] == pytest.approx(value), name
+    for one, first, second in zip(whole, parts[0][0], parts[1][0]):
+        torch.testing.assert_close(torch.cat([first, second])[order_of_one], one)
+
+
+@pytest.mark.parametrize("correction", ["none", "truncate", "mask"])
+def test_corrections_against_a_slow_version(correction):
+    lengths, mask, _, old, rollout, _ = ragged(5)
+    weights, metrics = correct(old, rollout, mask, correction, 1.5)
+    expected, ratios, masked = [], [], 0
+    for i, length in enumerate(lengths):
+        logs = [float(old[i, t] - rollout[i, t]) for t in range(length)]
+        of_tokens = [math.exp(sum(logs) if correction == "mask" else x) for x in logs]
+        ratios += of_tokens
+        masked += correction == "mask" and of_tokens[0] > 1.5
+        expected += {"none": [1] * length, "truncate": [min(x, 1.5) for x in of_tokens],
+                     "mask": [float(x <= 1.5) for x in of_tokens]}[correction]
+    assert weights[mask].tolist() == pytest.approx(expected, abs=1e-6)
+    assert metrics == pytest.approx({
+        "correction/ratio": statistics.fmean(ratios), "correction/ratio_max": max(ratios),
+        "correction/effective_sample_size": sum(ratios) ** 2 / sum(x * x for x in ratios) / len(ratios),
+        "correction/masked": masked}, rel=1e-6)
+    assert correction != "mask" or 0 < masked < 8
+
+
+def test_corrections_by_hand():
+    """Ratios 4 and 1/2, and 1 alone, with a cap of 1.5; of the sequences 2 and 1."""
+    old, rollout = torch.tensor([[4.0, 0.5], [1, 1]]).log(), torch.zeros(2, 2)
+    mask = torch.tensor([[True, True], [True, False]])
+    weights, metrics = correct(old, rollout, mask, "truncate", 1.5)
+    torch.testing.assert_close(weights[mask], torch.tensor([1.5, 0.5, 1]))
+    assert list(metrics.values()) == pytest.approx([5.5 / 3, 4, 5.5**2 / (3 * 17.25), 0])
+    weights, metrics = correct(old, rollout, mask, "mask", 1.5)
+    assert weights[mask].tolist() == [0, 0, 1] and metrics["correction/masked"] == 1
+    assert correct(old, rollout, mask, "mask", 2.1)[0][mask].tolist() == [1, 1, 1]
+    assert correct(old, old, mask, "mask", 1)[0][mask].tolist() == [1, 1, 1], "at the cap is not over it"
+    _, metrics = correct(old - 1, old, mask, "none", 1)
+    assert metrics["correction/ratio_max"] == pytest.approx(math.exp(-1)), "padding's ratio is 1"
+
+
+def test_loss_weights_by_hand_and_for_every_minibatch_by_itself():
+    mask = torch.cat([MASK, MASK[:2], torch.tensor([[1, 1, 0]]).bool()])  # 4 and 6 tokens, 2 and 3 responses
+    tokens, responses = torch.tensor([[4]] * 3 + [[6]] * 3), torch.tensor([[2]] * 3 + [[3]] * 3)
+    torch.testing.assert_close(loss_weights(mask, "token_mean", 3, 10), mask / tokens)
+    torch.testing.assert_close(loss_weights(mask, "constant", 3, 10), mask / (10 * responses))
+    lengths = torch.tensor([[3], [1], [1], [3], [1], [2]])  # Eq. 1: each response weighs the same
+    torch.testing.assert_close(loss_weights(mask, "seq_mean", 3, 10), mask / (lengths * responses))
+    for loss_agg in LOSS_AGGS:
+        assert not loss_weights(MASK & False, loss_agg, 3, 10).any(), "all left out: 0, not nan"
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence", "cispo"])
+@pytest.mark.parametrize("loss_agg", LOSS_AGGS)
+def test_losses_against_a_slow_version_and_their_gradients_against_finite_differences(kind, loss_agg):
+    lengths, mask, _, old, new, ref = ragged(7)
+    advantages = ref + 1.5  # of both signs
+    new = new.requires_grad_()
+    parts = policy_loss(new, old, advantages, mask, kind, 0.2, 0.3)
+    expected = slow_loss(new, old, advantages, lengths, kind, 0.2, 0.3)
+    for part, slow in zip(parts, zip(*flat(expected))):
+        assert part[mask].tolist() == pytest.approx(list(slow), abs=1e-6)
+    assert 0 < parts[2][mask].sum() < mask.sum(), "some are clipped"
+    weights = loss_weights(mask, loss_agg, 8, 7).double()
+    losses = [[loss for loss, *_ in row] for row in expected]
+    mean = {"seq_mean": statistics.fmean(map(statistics.fmean, losses)),
+            "token_mean": statistics.fmean(flat(losses)), "constant": statistics.fmean(map(sum, losses)) / 7}
+    frozen = parts[1].detach().clamp(0.8, 1.3)  # of cispo, whose ratio is a constant to the gradient
+
+    def whole(x):
+        loss = -frozen * advantages * x if kind == "cispo" else policy_loss(
+            x, old, advantages, mask, kind, 0.2, 0.3)[0]
+        return (weights * (loss + 0.1 * estimate_kl(x, ref))).sum()
+
+    def value(x):
+        return (weights * policy_loss(x, old, advantages, mask, kind, 0.2, 0.3)[0]).sum()
+
+    assert value(new).item() == pytest.approx(mean[loss_agg], abs=1e-6)
+    (value(new) + (weights * 0.1 * estimate_kl(new, ref)).sum()).backward()
+    for i, t in itertools.product(range(8), range(7)):
+        nudge = torch.zeros_like(old)
+        nudge[i, t] = 1e-6
+        with torch.no_grad():
+            slope = (whole(new + nudge) - whole(new - nudge)) / 2e-6
+        assert new.grad[i, t].item() == pytest.approx(slope.item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("ratio, advantage, loss, moves", [
@@ -87,11 +294,29 @@ def test_loss_weights_sum_to_one_over_a_minibatch_however_it_is_cut():
     (0.5, -2.0, 1.6, False),  # clipped at 0.8 from below
     (0.5, 2.0, -1.0, True)])
 def test_the_clipped_loss_by_hand(ratio, advantage, loss, moves):
-    new = torch.tensor([math.log(ratio)], requires_grad=True)
-    pg_loss, got, clipped = policy_loss(new, torch.zeros(1), torch.tensor([advantage]), 0.2, 0.3)
+    new = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    arguments = new, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1).bool()
+    pg_loss, got, clipped = policy_loss(*arguments, "token", 0.2, 0.3)
     assert (pg_loss.item(), got.item()) == pytest.approx((loss, ratio)) and clipped.item() is not moves
     pg_loss.backward()
     assert new.grad.item() == pytest.approx(-advantage * ratio if moves else 0)  # at ratio 1: REINFORCE
+    new.grad = None
+    pg_loss, got, clipped = policy_loss(*arguments, "cispo", 0.2, 0.3)
+    bounded = min(max(ratio, 0.8), 1.3)
+    assert pg_loss.item() == pytest.approx(-bounded * advantage * math.log(ratio))
+    pg_loss.backward()
+    assert new.grad.item() == pytest.approx(-advantage * bounded) and clipped.item() is (bounded != ratio)
+
+
+def test_the_sequence_ratio_by_hand():
+    """Ratios 2 and 1/2 of one response, 4 and 1 of the other: geometric means 1 and 2. GSPO, Eq. 7."""
+    new = torch.tensor([[2.0, 0.5, 9.0], [4.0, 1.0, 9.0]]).log().requires_grad_()
+    mask = torch.tensor([[True, True, False]] * 2)
+    loss, ratio, clipped = policy_loss(new, 0 * new, 0 * new - 1, mask, "sequence", 0.2, 0.3)
+    torch.testing.assert_close(ratio[mask], torch.tensor([1.0, 1, 2, 2]))
+    (loss * loss_weights(mask, "seq_mean", 2, 3)).sum().backward()
+    torch.testing.assert_close(new.grad, torch.tensor([[0.25, 0.25, 0], [0.5, 0.5, 0]]))  # s / |o| / 2
+    assert not clipped.any()
 
 
 class Train(list):
@@ -112,11 +337,15 @@ def test_a_step_asks_for_the_same_whatever_the_number_of_ranks():
 
 
 def test_response_metrics_by_hand():
-    names = "correct", "score", "length", "finish_reason", "error", "response", "rewards"
-    got = response_metrics([dict(zip(names, values), query_length=10) for values in (
-        (True, 0.9, 4, "stop", "", "wait, wait: re-check", dict(accuracy=1.0, tidy=0.5)),
-        (False, -0.1, 8, "length", "timeout", "", dict(accuracy=0.0, tidy=0.0)),
-        (False, 0.0, 3, "stop", "unreadable", "so", dict(accuracy=0.0, tidy=0.1)))])
+    names = "id", "correct", "score", "length", "finish_reason", "error", "response", "rewards"
+    records = [dict(zip(names, values), query_length=10) for values in (
+        ("a", True, 0.9, 4, "stop", "", "wait, wait: re-check", dict(accuracy=1.0, tidy=0.5)),
+        ("b", False, -0.1, 8, "length", "timeout", "", dict(accuracy=0.0, tidy=0.0)),
+        ("c", False, 0.0, 3, "stop", "unreadable", "so", dict(accuracy=0.0, tidy=0.1)))]
+    got = response_metrics(records)
+    assert math.isnan(got["train/groups_without_signal"]), "one response to each query: null"
+    groups = [r | dict(score=r["id"] == "b", id=r["id"].replace("b", "a")) for r in 2 * records]
+    assert response_metrics(groups)["train/groups_without_signal"] == 1, "of a: 0, 1, 0, 1; of c: 0, 0"
     expected = {
         "train/accuracy": 1 / 3, "train/score": 0.8 / 3, "reward/accuracy": 1 / 3, "reward/tidy": 0.2,
         "response/length": 5, "response/clip_ratio": 1 / 3, "judge/errors": 2, "judge/timeouts": 1,
@@ -126,17 +355,18 @@ def test_response_metrics_by_hand():
 
 
 def test_update_metrics_are_means_over_tokens_and_updates_without_those_left_out():
-    names = "tokens grad_norm lr logprob_diff pg_loss kl_loss kl entropy ratio clipfrac approx_kl".split()
-    first = dict(zip(names, (10, 2.0, 1e-3, 1, 0.5, 3.0, 6, 5, 10, 0, 0)))
-    left_out = dict(zip(names, (99, math.inf, 2e-3, 9, *[math.nan] * 7)))
-    last = dict(zip(names, (30, 4.0, 3e-3, 9, 0.1, 1.0, 2, 35, 50, 4, 2)))
-    got = update_metrics([first, left_out, last], 0.5, "a reference")
-    expected = dict(loss=0.3 + 0.5 * 2, pg_loss=0.3, kl_loss=2.0, entropy=1.0, ratio=1.5, clipfrac=0.1,
+    names = "tokens grad_norm lr logprob_diff loss pg_loss kl_loss kl entropy ratio clipfrac approx_kl"
+    names = names.split()
+    first = dict(zip(names, (10, 2.0, 1e-3, 1, 2.0, 0.5, 3.0, 6, 5, 10, 0, 0)))
+    left_out = dict(zip(names, (99, math.inf, 2e-3, 9, *[math.nan] * 8)))
+    last = dict(zip(names, (30, 4.0, 3e-3, 9, 0.6, 0.1, 1.0, 2, 35, 50, 4, 2)))
+    got = update_metrics([first, left_out, last], "a reference")
+    expected = dict(loss=1.3, pg_loss=0.3, kl_loss=2.0, entropy=1.0, ratio=1.5, clipfrac=0.1,
                     approx_kl=0.05, grad_norm=3.0, lr=3e-3, updates=2, skipped=1)
     expected = {f"policy/{key}": value for key, value in expected.items()} | {"rollout/kl": 0.2}
     assert got == pytest.approx(expected | {"rollout/logprob_diff": 0.1})  # of the first update alone
-    assert math.isnan(update_metrics([left_out], 0.5, "a reference")["policy/ratio"])
-    assert math.isnan(update_metrics([first], 0.0, None)["policy/kl_loss"]), "without a reference: null"
+    assert math.isnan(update_metrics([left_out], "a reference")["policy/ratio"])
+    assert math.isnan(update_metrics([first], None)["policy/kl_loss"]), "without a reference: null"
 
 
 @pytest.mark.parametrize("script", ["train_rl", "train_sft", "evaluate"])

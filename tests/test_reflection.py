@@ -34,7 +34,7 @@ def test_worked_batch():
         "reflection_ratio": 3 / 5,
         "reflection_ratio_in_correct_answers": 1 / 2, "reflection_ratio_in_incorrect_answers": 2 / 3,
         "correct_ratio_in_reflection_texts": 1 / 3, "correct_ratio_in_no_reflection_texts": 1 / 2}
-    logged = metrics(counts)
+    logged = metrics(RESPONSES, CORRECT)
     assert logged["reflection/reflection_ratio"] == 3 / 5 and logged["reflection_words/wait"] == 2
     assert len(logged) == 5 + 15
 

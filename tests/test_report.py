@@ -1,9 +1,8 @@
 """`python -m report`: its numbers against short independent computations, its notes and its errors."""
 import json
 import math
-import pathlib
 import re
-import runpy
+import subprocess
 import sys
 from statistics import mean, stdev
 
@@ -12,20 +11,17 @@ import pytest
 from PIL import Image
 
 from configurator import UserError
+from conftest import ROOT
 from reflection import WORDS
 from report.__main__ import main
 from report.marks import aha_moment, mark
 from report.paper import paper_numbers
 from report.scheme import PERIODS, averaged, pooled
+from test_evaluate import read
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOY, TOY_SFT = ([ROOT / f"results/{name}-{seed}" for seed in range(3)] for name in ("toy", "toy_sft"))
 HOSTILE = "<img src=x onerror=alert(1)> ![t](http://x.png) a|b $\\frac$ `c`\nd"
 REFLECTING_RIGHT = "reflection/correct_ratio_in_reflection_texts"
-
-
-def load(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
 
 
 def write(path, rows):
@@ -50,7 +46,7 @@ def toy_report(tmp_path_factory):
 def test_the_accuracy_table_is_that_of_an_independent_script(toy_report):
     columns, rows = rows_of(toy_report, "Accuracy")
     assert columns == ["split", "setting", "Vanilla", "SFT mean", "RL mean", "SFT max", "RL max", "n"]
-    evals = {folder: load(folder / "eval.jsonl") for folder in TOY + TOY_SFT}
+    evals = {folder: read(folder / "eval.jsonl") for folder in TOY + TOY_SFT}
     assert {(row[0], row[1]) for row in rows} == {(row["split"], row["setting"]) for row in evals[TOY[0]]}
     for split, setting, *cells, n in rows:
         picks = (TOY, max), (TOY_SFT, mean), (TOY, mean), (TOY_SFT, max), (TOY, max)
@@ -70,7 +66,7 @@ def test_the_accuracy_table_is_that_of_an_independent_script(toy_report):
 
 def test_reflection_and_length_are_those_of_an_independent_script(toy_report):
     numbers = json.loads((toy_report / "numbers.json").read_text())
-    for i, log in enumerate(load(folder / "metrics.jsonl") for folder in TOY):
+    for i, log in enumerate(read(folder / "metrics.jsonl") for folder in TOY):
         keys = "epoch", "reflection/reflection_ratio", "train/accuracy", REFLECTING_RIGHT, "response/length"
         epoch, ratio, right, both, lengths = np.array([[row[key] or 0.0 for row in log] for key in keys])
         n = np.diff([0] + [row["samples"] for row in log])
@@ -99,13 +95,8 @@ def test_every_figure_is_drawn_and_linked(toy_report):
             assert min(picture.size) > 250 and len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
 
-def test_an_interval_adds_seeds_and_problems_in_quadrature():
-    cell, plain = (averaged([0.50, 0.52, 0.54], 100, seeds=seeds) for seeds in (True, False))
-    over_seeds = 4.303 * 0.02 / math.sqrt(3)
-    assert (plain["low"], plain["high"]) == pytest.approx((0.42316, 0.61542), abs=1e-4)  # Wilson of 52 of 100
-    assert cell["low"] == pytest.approx(0.52 - math.hypot(over_seeds, 0.52 - plain["low"]))
+def test_an_interval_of_two_runs_is_wide_and_many_runs_have_one():
     assert averaged([0.5, 0.6], 100, seeds=True)["low"] == 0.0  # of two runs one knows little: t is 12.7
-    assert averaged([], 100, seeds=True) is None
     assert averaged([0.5] * 40, 100, seeds=True)["mean"] == 0.5  # more than the table of t has rows
 
 
@@ -115,11 +106,8 @@ def step(number, n, n_ref, n_right, n_both, **more):
             "reflection_words/wait": n_ref, REFLECTING_RIGHT: n_both / n_ref if n_ref else None} | more
 
 
-def test_ratios_of_several_steps_are_pooled_counts():
-    one, two = step(1, 10, 3, 4, 2), step(2, 2, 1, 1, 0)
-    found = pooled([one, two])
-    assert list(found.values())[:5] == [4 / 12, 2 / 5, 2 / 7, 2 / 4, 3 / 8] and found["wait"] == 4
-    two["reflection/reflection_ratio"] = None  # not counted, which is not a count of 0
+def test_a_step_that_was_not_counted_is_in_no_pooled_ratio():
+    one, two = step(1, 10, 3, 4, 2), step(2, 2, 1, 1, 0, **{"reflection/reflection_ratio": None})
     assert pooled([one, two])["reflection_ratio"] == 3 / 10
 
 
@@ -187,6 +175,32 @@ def test_one_run_without_evaluations_config_or_lengths_still_gives_a_report(tmp_
     assert rows_of(tmp_path / "out", "Response length")[1] == [["a", "–", "–", "7.0", "7.0", "–"]]
 
 
+def test_methods_are_compared_by_responses_needed_final_accuracy_and_training(tmp_path):
+    """Accuracies of 4 problems: of a run, and of its end, by evaluate.py in its folder."""
+    curves = {"grpo-0": (0.5, 0.75), "grpo-1": (0.75, 1.0), "rloo-0": (0.5, 0.25)}
+    for name, curve in curves.items():
+        run = leave_run(tmp_path / name, evals=False, learning_rate=2e-4)
+        row = {"epoch": 0, "split": "validation", "setting": "pass@1 T=0.6 top_p=1", "n": 4}
+        write(run / "eval.jsonl", [row | {"step": i + 1, "accuracy": x} for i, x in enumerate(curve)])
+        (run / "final").mkdir()
+        write(run / "final/eval.jsonl", [row | {"step": 2, "split": "test", "accuracy": 0.5},
+                                         row | {"step": None, "split": "test", "accuracy": 1.0}])
+    runs = [str(tmp_path / name) for name in curves]
+    main(["--methods", *runs, f"--out={tmp_path}/out"])
+    assert rows_of(tmp_path / "out", "Responses until")[1] == [
+        ["grpo", "0.0002", "6 (4 to 8)", "8 (8 to 8); never in 1"],
+        ["rloo", "0.0002", "never", "never"]]
+    cell, exact = averaged([0.75, 1.0], 4, seeds=True), averaged([0.5], 4, seeds=True)
+    shown = ["{:.1f} ({:.1f} to {:.1f})".format(*(100 * x[key] for key in ("mean", "low", "high")))
+             for x in (cell, averaged([0.5, 0.5], 4, seeds=True), averaged([0.25], 4, seeds=True), exact)]
+    columns, rows = rows_of(tmp_path / "out", "Final accuracy")
+    assert columns == ["method", "validation, pass@1 T=0.6 top_p=1", "test, pass@1 T=0.6 top_p=1"]
+    assert rows == [["grpo", *shown[:2]], ["rloo", *shown[2:]]]
+    columns, rows = rows_of(tmp_path / "out", "Training")
+    assert dict(zip(columns, rows[0]))["length, last step"] == "7.0 (7.0 to 7.0)" and "–" in rows[0]
+    assert (tmp_path / "out/figures/methods.png").exists()
+
+
 def test_user_errors_are_one_line_that_says_what_and_where(tmp_path):
     good, bad, odd = (leave_run(tmp_path / name) for name in ("good", "bad", "odd"))
     (bad / "metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
@@ -194,15 +208,14 @@ def test_user_errors_are_one_line_that_says_what_and_where(tmp_path):
     for arguments, message in (([], "required: RUN"), ([good, "--max_samples=a"], "invalid int value: 'a'"),
                                ([tmp_path], "no metrics.jsonl"), ([good, f"{good}/../good"], "given twice"),
                                ([good, f"--out={__file__}"], "is a file"), ([bad], "metrics.jsonl:2: no obj"),
-                               ([odd], "a number for accuracy"), ([good, "--sft", odd], "after --sft")):
+                               ([odd], "a number for accuracy"), ([good, "--sft", odd], "after --sft"),
+                               (["--methods", good], "no accuracy of validation, pass@1 T=0.6")):
         with pytest.raises(UserError, match=message) as error:
             main([f"--out={tmp_path}/out", *map(str, arguments)])
-        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+        assert "\n" not in str(error.value) and not (tmp_path / "out/report.md").exists()
 
 
-def test_the_command_ends_with_2_and_one_line_on_a_users_error(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "report.__main__")  # runpy warns of it
-    with pytest.raises(SystemExit) as end:
-        runpy.run_module("report", run_name="__main__")
-    assert end.value.code == 2 and re.fullmatch(f"{tmp_path}: no metrics.*\n", capsys.readouterr().err)
+def test_the_command_ends_with_2_and_one_line_on_a_users_error(tmp_path):
+    command = [sys.executable, "-m", "report", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch(f"{tmp_path}: no metrics.*\n", done.stderr)

@@ -1,7 +1,6 @@
 """reward.py: strings of all kinds, hostile ones too, and labelled responses if NANOMAYE_REAL_DATA is set."""
 import json
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -13,9 +12,9 @@ import pytest
 
 import hostile
 import reward
+from conftest import ROOT
 from reward import Verdict, format_reward, judge, judge_batch, language_reward, last_boxed, readable_batch
 
-ROOT = pathlib.Path(reward.__file__).parent
 boxed = hostile.box
 HANGS = r"((x+1)^{999})^{999}", r"\pi a^2"      # (box, gold)
 
@@ -66,18 +65,15 @@ TABLE = {
 }
 
 
-def session(pid):
-    """the living processes of a session; in stat, after a name: state, parent, group, session."""
-    stats = subprocess.run("cat /proc/[0-9]*/stat", shell=True, text=True, capture_output=True).stdout
-    fields = [line.rpartition(")")[2].split() for line in stats.splitlines()]
-    return [field for field in fields if field[0] != "Z" and field[3] == str(pid)]
-
-
-def wait_until(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition():
+def wait_for_the_end_of(server):
+    """of every living process of its session; in stat, after a name: state, parent, group, session."""
+    deadline, living = time.monotonic() + 20, True
+    while living:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+        stats = subprocess.run("cat /proc/[0-9]*/stat", shell=True, text=True, capture_output=True).stdout
+        fields = [line.rpartition(")")[2].split() for line in stats.splitlines()]
+        living = [field for field in fields if field[0] != "Z" and field[3] == str(server)]
 
 
 def run(code, folder, **environment):
@@ -127,22 +123,17 @@ def test_gold_answers_that_cannot_be_read():
     assert reward.readable(r"\sqrt{3}") and not reward.readable("?")
 
 
-def test_numbers_letters_and_equal_strings_take_no_server(tmp_path):
-    code = r"""
-import reward
-pairs = [(rf"\boxed{{{i}}}", str(i // 2)) for i in range(256)]
-pairs += [(r"\boxed{\foo}", r"\foo"), (r"\boxed{(B)}", "B"), (r"\boxed{$8.66$}", ".5"), ("none", "x")]
-print(sum(verdict.correct for verdict in reward.judge_batch(pairs)), reward.servers)
-"""
-    assert run(code, tmp_path).stdout == "3 []\n"
+def test_numbers_letters_and_equal_strings_take_no_server(monkeypatch):
+    monkeypatch.setattr(reward, "servers", [])
+    pairs = [(boxed(str(i)), str(i // 2)) for i in range(256)]
+    pairs += [(boxed(r"\foo"), r"\foo"), (boxed("(B)"), "B"), (boxed("$8.66$"), ".5"), ("none", "x")]
+    assert sum(verdict.correct for verdict in judge_batch(pairs)) == 3 and reward.servers == []
 
 
-def test_real_responses():
-    if "NANOMAYE_REAL_DATA" not in os.environ:
-        pytest.skip("NANOMAYE_REAL_DATA names no folder")
+def test_real_responses(real_data):
     for name, least in ("pairs", 1.0), ("responses_a", 0.999), ("responses_b", 0.999):
-        path = pathlib.Path(os.environ["NANOMAYE_REAL_DATA"]) / "judge" / f"{name}.jsonl"
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        text = (real_data / "judge" / f"{name}.jsonl").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.splitlines()]
         got = judge_batch([(row["response"], row["answer"]) for row in rows])
         agree = sum(verdict.correct == row["correct"] for verdict, row in zip(got, rows))
         assert agree >= least * len(rows) and not any(verdict.error == "timeout" for verdict in got), name
@@ -150,20 +141,18 @@ def test_real_responses():
 
 
 def test_hostile_responses_do_nothing(tmp_path):
-    """sixty of all kinds, code among them: none is right, none runs (HERE is the canary), none stays."""
+    """sixty of all kinds, code among them: none is right, none runs (HERE is the canary)."""
     code = r"""
-import json, hostile, reward
+import hostile, reward
 corpus = hostile.responses()
 some = [text for kind, text in corpus if kind == "code"][:20] + [text for _, text in corpus[60::23]]
 got = reward.judge_batch([(text, hostile.GOLDS[i % 6]) for i, text in enumerate(some)])
 reward.readable_batch(some[:20])
-print(json.dumps([reward.servers[0].pid, len(some), sum(verdict.correct for verdict in got)]))
+print(len(some) >= 60, sum(verdict.correct for verdict in got))
 """
     done = run(code, tmp_path)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    server, count, correct = json.loads(done.stdout)
-    assert count >= 60 and correct == 0 and list(tmp_path.iterdir()) == []
-    wait_until(lambda: not session(server))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True 0\n", "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_text_is_never_compiled(tmp_path):
@@ -231,7 +220,7 @@ def test_a_killed_server_is_replaced_and_leaves_nothing(fresh):
     assert judge_batch([(boxed(HANGS[0]), HANGS[1]), (boxed(r"\sqrt{12}"), r"2\sqrt{3}")]) == [
         Verdict(False, "timeout"), Verdict(True, "")]
     assert reward.servers[0].pid != first
-    wait_until(lambda: not session(first))
+    wait_for_the_end_of(first)
     fresh.setattr(sys, "executable", "/bin/false")
     os.killpg(reward.servers[0].pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match="python reward.py 1"):
@@ -251,7 +240,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     done = run(code, tmp_path, RANK="1", MASTER_ADDR="127.0.0.1")
     server, rest = done.stdout.split(maxsplit=1)
     assert rest == "[] 0\n"
-    wait_until(lambda: not session(int(server)))
+    wait_for_the_end_of(server)
 
 
 @pytest.mark.parametrize("response, wanted", [

@@ -23,14 +23,14 @@ import reflection
 from checkpoint import load_trainer
 from configurator import UserError
 from conftest import ROOT
-from data import Dataset, Sampling, banned_token_ids, eos_token_ids, load_processor
+from data import Dataset, Sampling, load_processor, special_token_ids, step_requests
 from evaluate import evaluate
 from rollout import open_engine
-from train_rl import step_requests
 
 KILLS = int(os.environ.get("NANOMAYE_KILLS", 1))  # of the run that is killed at random moments
-METRICS = """step epoch samples train/accuracy train/score reward/accuracy reward/language reward/format
-    response/length response/clip_ratio reflection/reflection_ratio
+METRICS = """step epoch samples train/accuracy train/score train/groups_without_signal correction/ratio
+    correction/ratio_max correction/effective_sample_size correction/masked reward/accuracy
+    reward/language reward/format response/length response/clip_ratio reflection/reflection_ratio
     reflection/reflection_ratio_in_correct_answers reflection/reflection_ratio_in_incorrect_answers
     reflection/correct_ratio_in_reflection_texts reflection/correct_ratio_in_no_reflection_texts
     policy/loss policy/pg_loss policy/kl_loss policy/entropy policy/ratio policy/clipfrac policy/approx_kl
@@ -114,18 +114,19 @@ def common(tiny_model_dir):
 def runs(common, mixed_jsonl, tiny_jsonl, tmp_path_factory):
     """runs(name): what the function of that name returns; all are run, two at a time, while tests wait."""
     base = tmp_path_factory.mktemp("runs")
-    # all is trained; rows with no, one and three pictures; 2 uses of a step's 6 responses
+    # GRPO, groups of 8; all is trained; rows with no, one and three pictures; 2 uses of a step's responses
     all_trained = common | dict(
-        train_data=mixed_jsonl, batch_size=6, minibatch_size=6, ppo_epochs=2, max_steps=5, train_vit=True,
-        train_connector=True, language_reward_coeff=1, kl_reward_coeff=0.01)
+        train_data=mixed_jsonl, batch_size=6, samples_per_query=8, advantage="grpo", minibatch_size=48,
+        ppo_epochs=2, max_steps=5, train_vit=True, train_connector=True, language_reward_coeff=1,
+        kl_reward_coeff=0.01, save_samples=48)
     evaluated = all_trained | dict(val_data=mixed_jsonl, eval_every_epochs=2, save_every_steps=2)
-    # GRPO's batch: 4 responses to each of 4 queries, 2 updates a step
-    grpo = common | dict(
+    # 4 responses to each of 4 queries, 2 updates a step
+    sampled_ahead = common | dict(
         train_data=mixed_jsonl, batch_size=4, samples_per_query=4, minibatch_size=8, rollout_ahead=1,
-        tis_clip=2.0, max_steps=5, save_every_steps=2)
+        correction="truncate", max_steps=5, save_every_steps=2)
     sft_knobs = {key: value for key, value in common.items() if key != "no_eos_score"} | dict(
         train_data=tiny_jsonl, val_data=mixed_jsonl, batch_size=4, max_steps=12, save_every_steps=6,
-        max_new_tokens=8, eval_every_epochs=4, train_connector=True, learning_rate=1e-2)
+        max_new_tokens=8, eval_every_epochs=1.33, train_connector=True, learning_rate=1e-2)
 
     def whole():
         launch("train_rl.py", **evaluated, out_dir=base / "whole", logger="tensorboard",
@@ -165,18 +166,28 @@ def runs(common, mixed_jsonl, tiny_jsonl, tmp_path_factory):
         return out_dir, stopped
 
     def ahead():
-        launch("train_rl.py", **grpo, out_dir=base / "ahead")
+        launch("train_rl.py", **sampled_ahead, out_dir=base / "ahead")
         return base / "ahead"
 
     def ahead_resumed_by_two_ranks():
         copy = as_if_killed_after(2, base / "ahead", base / "ahead2")
-        launch("train_rl.py", **grpo, out_dir=copy, init_from="resume", ranks=2)
+        launch("train_rl.py", **sampled_ahead, out_dir=copy, init_from="resume", ranks=2)
         return copy
 
     def not_finite():
         return base / "not_finite", launch(
             "train_rl.py", **common, train_data=tiny_jsonl, batch_size=8, minibatch_size=4, max_steps=4,
             out_dir=base / "not_finite", hook="not_finite:")
+
+    def objectives():
+        """{name: the metrics of one update with these knobs}; gamma: the tokens' advantages differ."""
+        ways = dict(none={}, truncate=dict(correction="truncate", correction_cap=0.5), mask=dict(
+            correction="mask", correction_cap=0.5), unfinished=dict(mask_unfinished=True, max_new_tokens=1),
+            cispo=dict(ratio="cispo"), sequence=dict(ratio="sequence"), constant=dict(loss_agg="constant"))
+        for name, knobs in ways.items():
+            knobs = dict(train_data=tiny_jsonl, gamma=0.9, kl_loss_coeff=0, max_steps=1) | knobs
+            launch("train_rl.py", **common | knobs, batch_size=8, minibatch_size=8, out_dir=base / name)
+        return {name: read(base / name / "metrics.jsonl")[0] for name in ways}
 
     def disagreement():
         return launch("train_rl.py", **common, train_data=mixed_jsonl, batch_size=8, minibatch_size=4,
@@ -198,7 +209,7 @@ def runs(common, mixed_jsonl, tiny_jsonl, tmp_path_factory):
 
     with ThreadPoolExecutor(2) as pool:
         acts = (whole, ahead, sft, stopped_and_killed, two_ranks, ahead_resumed_by_two_ranks,
-                sft_resumed_by_two_ranks, three_ranks, not_finite, disagreement, sft_finished)
+                sft_resumed_by_two_ranks, three_ranks, not_finite, objectives, disagreement, sft_finished)
         futures = {act.__name__: pool.submit(act) for act in acts}
         yield lambda name: futures[name].result()
         pool.shutdown(cancel_futures=True)
@@ -211,8 +222,8 @@ def world():
 
 
 def open_hf(folder, world, dataset):
-    return open_engine("hf", folder, torch.float32, world, eos_token_ids(dataset.tokenizer, folder),
-                       banned_token_ids(dataset.tokenizer), 4096)
+    return open_engine("hf", folder, torch.float32, world,
+                       *special_token_ids(dataset.tokenizer, folder), 4096)
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +240,7 @@ def test_metrics_eval_and_samples_have_the_promised_names_and_null_for_what_is_m
         assert all(value is None or math.isfinite(value) for value in row.values())
         assert row["train/accuracy"] == 0 and row["reflection/reflection_ratio_in_correct_answers"] is None
         assert row["rollout/logprob_diff"] < 1e-4, "engine and trainer, after each sync, tower included"
-        assert row["policy/updates"] == 2 and row["samples"] == 6 * row["step"]
+        assert row["policy/updates"] == 2 and row["samples"] == 48 * row["step"]
     assert len({row["policy/kl_loss"] for row in rows}) == 5 and rows[4]["rollout/kl"] > 0, "the policy moves"
     evals = read(out_dir / "eval.jsonl")
     assert all(set(EVAL) <= row.keys() for row in evals)
@@ -237,7 +248,7 @@ def test_metrics_eval_and_samples_have_the_promised_names_and_null_for_what_is_m
         (step, step, k) for step in (0, 2, 4, 5) for k in (8, 1, 1)]
     samples = read(out_dir / "samples.jsonl")
     assert all(set(SAMPLES) <= row.keys() for row in samples)
-    assert sum(row["split"] == "train" for row in samples) == 30
+    assert sum(row["split"] == "train" for row in samples) == 5 * 48
     pictures = {row["id"]: len(row["images"]) for row in samples}
     assert pictures == {f"tiny-{i}": (1, 0, 3, 1)[i % 4] for i in range(8)}
     folders = {path.name for path in (out_dir / "checkpoints").iterdir()}
@@ -258,7 +269,7 @@ def test_a_checkpoint_opens_in_transformers_and_gives_the_trainers_logits(runs, 
     """The trainer's own float32 weights, from its shards; the folder in the hub's format, over pixels."""
     out_dir, _ = runs("whole")
     hf = AutoModelForImageTextToText.from_pretrained((out_dir / "checkpoints/latest").resolve())
-    banned, response = banned_token_ids(dataset.tokenizer), [40, 41, 42, 2]
+    banned, response = special_token_ids(dataset.tokenizer, "")[1], [40, 41, 42, 2]
     policy, _ = model.load_policy(common["model"], world, torch.float32, banned, True, True, True)
     untrained = [p.detach().full_tensor().clone() for p in policy.parameters()]
     assert load_trainer(out_dir, policy, torch.optim.AdamW(policy.parameters())) == 5
@@ -326,6 +337,16 @@ def test_updates_that_are_not_finite_are_left_out_and_counted(runs):
     all_load(out_dir)
 
 
+def test_the_knobs_of_the_objective_reach_the_gradient(runs):
+    """The first update's ratios are 1, and of the trainer to the engine: truncated and masked at 0.5."""
+    loss, norm = ({name: m[f"policy/{key}"] for name, m in runs("objectives").items()}
+                  for key in ("pg_loss", "grad_norm"))
+    assert norm["truncate"] == pytest.approx(norm["none"] / 2, rel=1e-4) and norm["none"] > 0
+    assert norm["mask"] == norm["unfinished"] == 0 and runs("objectives")["mask"]["correction/masked"] == 8
+    assert loss["cispo"] != pytest.approx(loss["none"]) and norm["cispo"] == pytest.approx(norm["none"])
+    assert all(norm[name] != pytest.approx(norm["none"], rel=1e-2) for name in ("sequence", "constant"))
+
+
 def test_disagreement_of_trainer_and_engine_stops_the_run_with_one_line(runs):
     done = runs("disagreement")
     lines = [line for line in done.stderr.splitlines() if line and "Loading weights" not in line]
@@ -361,9 +382,11 @@ def test_wrong_knobs_are_errors_before_any_model(common, tiny_jsonl, tmp_path, m
             (dict(samples_per_query=8), "multiple of samples_per_query=8 * world_size=1"),
             (dict(minibatch_size=0), "minibatch_size must be at least 1, got 0"),
             (dict(temperature=0.0), "temperature must be at least 0.01, got 0"),
-            (dict(loss_agg="mean"), "loss_agg must be one of 'seq_mean', 'token_mean', got 'mean'"),
-            (dict(rollout_ahead=1), "rollout_ahead=1 are an older policy's, so set tis_clip=2.0"),
-            (dict(tis_clip=2.0, old_logprobs_from="engine"), "tis_clip does nothing with old_logprobs_from")]:
+            (dict(loss_agg="mean"), "one of 'seq_mean', 'token_mean', 'constant', got 'mean'"),
+            (dict(ratio="step"), "ratio must be one of 'token', 'sequence', 'cispo', got 'step'"),
+            (dict(advantage="grpo"), "advantage='grpo' compares a query's responses, so set samples_per"),
+            (dict(rollout_ahead=1), "rollout_ahead=1 are an older policy's, so set correction='truncate'"),
+            (dict(correction="mask", old_logprobs_from="engine"), "correction='mask' does nothing with old")]:
         with pytest.raises(UserError, match=re.escape(said)):
             run_main(monkeypatch, "train_rl.py", **sound | dict(minibatch_size=4) | wrong)
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -378,7 +401,7 @@ def test_sft_learns_evaluates_and_resumes_the_same_on_two_ranks(runs, dataset, w
     rows, evals = logged(out_dir), logged(out_dir, "eval")
     assert rows[-1]["policy/loss"] < 0.5 * rows[0]["policy/loss"] and len(rows) == 12
     assert [(row["step"], row["epoch"], row["k"]) for row in evals] == [
-        (step, step / 3, k) for step in (0, 12) for k in (8, 1, 1)]
+        (step, step / 3, k) for step in (0, 4, 8, 12) for k in (8, 1, 1)], "1.33 of 3 steps an epoch"
     close(runs("sft_resumed_by_two_ranks"), out_dir)
     again, _ = evaluate(open_hf(f"{out_dir}/checkpoints/latest", world, dataset), dataset, 8, 0, world)
     last = [row for row in evals if row["step"] == 12]

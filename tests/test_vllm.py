@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 import rollout_vllm
 from configurator import UserError
-from data import Dataset, Sampling, banned_token_ids, eos_token_ids, load_processor, request_seed
+from data import Dataset, Sampling, load_processor, request_seed, special_token_ids
 from distributed import World, start
 from model import hub_name
 from rollout_vllm import VLLMEngine, engine_environment
@@ -81,8 +81,8 @@ def model_dir(tmp_path_factory):
 
 
 def open_vllm(folder, world, dataset, max_model_len=1024):
-    return VLLMEngine(folder, torch.float32, world, eos_token_ids(dataset.tokenizer, folder),
-                      banned_token_ids(dataset.tokenizer), max_model_len, 0.8)
+    return VLLMEngine(folder, torch.float32, world,
+                      *special_token_ids(dataset.tokenizer, folder), max_model_len, 0.8)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def largest_difference(model, dataset, rows, completions, temperature=1.0):
         types = (ids == model.config.image_token_id).int()
         logits = model(input_ids=ids, mm_token_type_ids=types, **pixels).logits[0, len(query.ids) - 1:-1]
         logits = logits / temperature
-        logits[:, banned_token_ids(dataset.tokenizer)] = -torch.inf
+        logits[:, special_token_ids(dataset.tokenizer, "")[1]] = -torch.inf
         expected = logits.log_softmax(-1).gather(-1, ids[0, len(query.ids):, None])[:, 0]
         differences.append((torch.tensor(completion.logprobs) - expected).abs().max())
     return torch.stack(differences).max().item()  # unlike Python's max, it lets no NaN pass
@@ -197,9 +197,9 @@ def test_no_vision_token_is_sampled_and_the_first_eos_ends_a_response(engine, da
     """At temperature 2 about each of the 265 tokens is sampled."""
     completions = engine.generate(dataset, [1] * 48, seeds(48), Sampling(2.0, 1.0, 48))
     sampled = {token for c in completions for token in c.token_ids}
-    eos_ids = set(eos_token_ids(dataset.tokenizer, model_dir))
+    eos_ids, banned_ids = map(set, special_token_ids(dataset.tokenizer, model_dir))
     assert len(eos_ids) == 2 and eos_ids <= sampled and len(sampled) > 200
-    assert not sampled & set(banned_token_ids(dataset.tokenizer))
+    assert not sampled & banned_ids
     assert {c.finish_reason for c in completions} == {"stop", "length"}
     for c in completions:
         assert not set(c.token_ids[:-1]) & eos_ids and len(c.logprobs) == len(c.token_ids)
@@ -312,7 +312,7 @@ def test_runs_keep_engine_and_trainer_together(mixed_jsonl, tmp_path):
         --language_reward_coeff=1""".split()
     runs = {"two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_rl.py",
                     "--eval_every_epochs=3"],
-            "ahead": ["train_rl.py", "--eval_every_epochs=0", "--rollout_ahead=1", "--tis_clip=2.0"]}
+            "ahead": ["train_rl.py", "--eval_every_epochs=0", "--rollout_ahead=1", "--correction=truncate"]}
     for name, command in runs.items():
         command += [*knobs, f"--out_dir={tmp_path / name}"]
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
