@@ -2,6 +2,7 @@
 
     python -m report out/toy-0 out/toy-1 out/toy-2                       # three seeds of one setting
     python -m report out/toy-0 out/toy-1 out/toy-2 --sft out/toy_sft-0   # beside the SFT baseline
+    python -m report --methods out/grpo-0 out/grpo-1 out/rloo-0          # by method (report/methods.py)
 
 Reads what runs leave (config.py, metrics.jsonl, eval.jsonl, samples.jsonl) and writes to a folder:
 index.html, one file that opens from disk without a network; report.md; numbers.json, the tables' numbers
@@ -22,7 +23,8 @@ import sys
 
 from configurator import UserError
 from reflection import WORDS
-from report.figures import draw, make_figures
+from report.figures import COLORS, draw, make_figures
+from report.methods import method_figure, method_numbers, method_tables
 from report.page import read_samples, write_page
 from report.paper import paper_numbers
 from report.scheme import (COLUMNS, PERIODS, RATIOS, accuracy_numbers, deviation, length_numbers, mean,
@@ -153,12 +155,32 @@ def parse(argv):
     """The command line's arguments."""
     parser = argparse.ArgumentParser("python -m report", description="Runs as figures, tables and a page.")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="out_dir of an RL run; several are seeds")
+    parser.add_argument("--methods", action="store_true", help="by method: runs named alike up to -NUMBER")
     parser.add_argument("--sft", metavar="RUN", nargs="+", default=[], help="SFT runs to compare with")
     parser.add_argument("--out", default="out/report", help="folder that the report is written to")
     parser.add_argument("--images", default=".", help="folder of the runs' pictures; others are not shown")
     parser.add_argument("--max_samples", type=int, default=5000, help="responses on the page at most")
     parser.error = fail  # one line, where argparse prints its usage
     return parser.parse_args(argv)
+
+
+def write_texts(out, numbers, report):
+    """numbers.json and report.md."""
+    for name, text in (("numbers.json", json.dumps(numbers, indent=1)), ("report.md", markdown(report))):
+        with open(f"{out}/{name}", "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+
+
+def write_methods(out, runs):
+    """The report of several methods: tables and a figure, without a page."""
+    numbers = method_numbers(runs)
+    if len(numbers) > len(COLORS):
+        fail(f"{len(numbers)} methods, at most {len(COLORS)} can be told apart")
+    figure = method_figure(numbers, runs)
+    draw(figure, f"{out}/figures/methods.png")
+    write_texts(out, numbers, {"title": ", ".join(numbers), "notes": [], "figures": [figure],
+                               "tables": method_tables(numbers)})
+    print(f"{out}/report.md, numbers.json, figures/methods.png")
 
 
 def main(argv=None):
@@ -175,6 +197,9 @@ def main(argv=None):
     roles = ["rl"] * len(arguments.runs) + ["sft"] * len(arguments.sft)
     runs = [read_run(folder, name, role) for folder, name, role in zip(folders, names, roles)]
     rl, sft = ([run for run in runs if run.role == role] for role in ("rl", "sft"))
+    os.makedirs(f"{out}/figures", exist_ok=True)
+    if arguments.methods:
+        return write_methods(out, rl)
 
     numbers = {"accuracy": accuracy_numbers(rl, sft), "reflection": reflection_numbers(rl),
                "length": length_numbers(rl)}
@@ -184,12 +209,9 @@ def main(argv=None):
               "tables": make_tables(numbers, rl, sft), "samples": samples, "images": images,
               "configs": [{"run": run.name, "text": run.config or "no config.py"} for run in runs]}
 
-    os.makedirs(f"{out}/figures", exist_ok=True)
     for figure in report["figures"]:
         draw(figure, f"{out}/figures/{figure['id']}.png")
-    for name, text in (("numbers.json", json.dumps(numbers, indent=1)), ("report.md", markdown(report))):
-        with open(f"{out}/{name}", "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
+    write_texts(out, numbers, report)
     write_page(f"{out}/index.html", report)
     print(*report["notes"], f"{out}/index.html, report.md, numbers.json, figures/", sep="\n")
 

@@ -15,6 +15,8 @@ from report.scheme import RATIOS, deviation, mean, weighted
 LOOKS = {"rl": {"color": "#0072B2", "linestyle": "-", "marker": "o"},  # Okabe and Ito's, for every eye
          "sft": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
          "base": {"color": "#666666", "linestyle": ":"}}
+COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #999999".split()
+LOOKS |= {str(i): {"color": COLORS[i], "linestyle": "-", "marker": "osv^Dx*+"[i]} for i in range(len(COLORS))}
 
 
 def series(name, role, points):
@@ -108,6 +110,7 @@ def draw(figure, path):
             draw_curve(axis, curve, 100 if panel["percent"] else 1)
         unit = "percent" if panel["percent"] else panel["y"]
         axis.set(title=panel["title"], xlabel=panel["x"], ylabel=unit)
+        axis.set_xlim(right=panel.get("until"))
         axis.title.set(fontsize=10, parse_math=False)  # a setting's name is not ours to be typeset
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)

@@ -25,6 +25,7 @@ def paper_numbers(knobs, split, setting):
     for (prefix, model), table in PAPER.items():
         files = [knobs.get(knob, "") for knob in ("train_data", "val_data", "test_data")]
         same = all(f"/{prefix}" in file for file in files) and model in knobs.get("model", "")
+        same = same and "reinforce++'" in knobs.get("advantage", "'reinforce++'")
         if same and setting in table:
             return dict(zip(("validation", "test"), table[setting])).get(split)
     return None
