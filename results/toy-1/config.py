@@ -1,5 +1,5 @@
 # argv: ['train_rl.py', 'config/toy.py', '--seed=1', '--out_dir=out/toy-1']
-# commit: 'b5f907a'
+# commit: '3a1cec2'
 # torch 2.13.0+cpu
 # transformers 5.19.0
 out_dir = 'out/toy-1'
@@ -23,17 +23,22 @@ batch_size = 256
 minibatch_size = 64
 ppo_epochs = 1
 max_tokens_per_microbatch = 2048
+advantage = 'reinforce++'
+gamma = 1.0
+ratio = 'token'
 clip_low = 0.2
 clip_high = 0.2
-gamma = 1.0
+loss_agg = 'seq_mean'
 kl_loss_coeff = 0.001
 kl_reward_coeff = 0.0
-loss_agg = 'seq_mean'
+kl_estimator = 'k3'
 old_logprobs_from = 'engine'
-tis_clip = 0.0
+correction = 'none'
+correction_cap = 2.0
 language_reward_coeff = 0.1
 format_reward_coeff = 0.0
 no_eos_score = -0.1
+mask_unfinished = False
 learning_rate = 0.0001
 warmup_ratio = 0.1
 adam_beta1 = 0.9
@@ -46,7 +51,7 @@ train_connector = False
 train_vit = False
 dtype = 'auto'
 activation_checkpointing = False
-eval_every_epochs = 1
+eval_every_epochs = 1.0
 save_every_steps = 0
 keep_checkpoints = 3
 init_from = 'pretrained'
