@@ -3,7 +3,6 @@ import ast
 import datetime
 import itertools
 import math
-import pathlib
 import re
 import statistics
 import threading
@@ -15,12 +14,12 @@ import torch
 import torch.distributed as dist
 
 import distributed
+from conftest import ROOT
 from data import order, request_seed, step_requests
 from objective import (baselined_scores, compute_advantages, correct, estimate_kl, loss_weights,
                        policy_loss, token_rewards, whiten)
 from train_rl import response_metrics, update_metrics
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]]).bool()  # three tokens, EOS first, all left out
 LOSS_AGGS = "seq_mean", "token_mean", "constant"
 ADVANTAGES = "reinforce++", "reinforce++_baseline", "grpo", "dr_grpo", "rloo"
