@@ -4,6 +4,7 @@
     metrics.jsonl, eval.jsonl, samples.jsonl   an object a step, an evaluation's setting, a kept response
     checkpoints/step_000120/         a model that transformers and vLLM open as it is
     checkpoints/step_000120/trainer/ sharded float32 weights, AdamW's moments, state.json
+    checkpoints/step_000120/adapter/ LoRA's adapters as PEFT stores them; the model has them merged
     checkpoints/latest               a link to the newest
 
 A checkpoint is written under another name and renamed; only then does `latest` name it, and only then are
@@ -21,11 +22,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import (DefaultSavePlanner, HuggingFaceStorageReader,
+                                          HuggingFaceStorageWriter)
 
 from configurator import UserError, check_at_least, one_of, save_config
 from distributed import all_max
-from model import gather_weights, hub_name
+from model import full_name, gather_weights, open_weights
 
 LOGS = ("metrics", "eval", "samples")
 
@@ -60,6 +63,9 @@ def check_trainer(config):
         raise UserError("command line: model or train_data is empty; start from a config, as config/toy.py")
     if not (config["train_llm"] or config["train_connector"] or config["train_vit"]):
         raise UserError("config: nothing to train; set train_llm, train_connector or train_vit to True")
+    if config["lora_rank"] and (not config["train_llm"] or config["train_connector"] or config["train_vit"]):
+        raise UserError("config: lora_rank trains the language model alone: set train_llm to True, "
+                        "train_connector and train_vit to False")
     if config["init_from"] == "pretrained" and os.path.exists(f"{out_dir}/metrics.jsonl"):
         raise UserError(f"{out_dir} holds a run; go on with it by --init_from=resume, choose another "
                         f"--out_dir, or rm -r {out_dir}")
@@ -86,20 +92,27 @@ def trained_tensors(policy, optimizer):
     return tensors
 
 
-def load_trainer(out_dir, policy, optimizer):
+def load_trainer(out_dir, policy, optimizer, lora_alpha=0):
     """The step of out_dir's newest checkpoint, once policy and optimizer are those of then; 0 when there is
     none. A collective, of any number of ranks."""
-    path = pathlib.Path(out_dir, "checkpoints", "latest", "trainer")
-    if not path.exists():
+    path, state = pathlib.Path(out_dir, "checkpoints", "latest", "trainer"), {"step": 0}
+    if path.exists():
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    newest, oldest = all_max(state["step"]), -all_max(-state["step"])
+    if newest != oldest:
+        raise UserError(f"{out_dir}: nodes have checkpoints of steps {oldest:.0f} to {newest:.0f}; copy the "
+                        "first node's out_dir to all of them")
+    if not state["step"]:
         return 0
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if lora_alpha != state["lora_alpha"]:
+        raise UserError(f"config: {lora_alpha=}, but the run in {out_dir} has {state['lora_alpha']}")
     dcp.load(trained_tensors(policy, optimizer), storage_reader=HuggingFaceStorageReader(str(path.resolve())))
     for moments in optimizer.state.values():
         moments["step"].fill_(state["optimizer_steps"])
     return state["step"]
 
 
-def save_checkpoint(out_dir, step, policy, visual, optimizer, source, dtype, keep):
+def save_checkpoint(out_dir, step, policy, visual, optimizer, source, dtype, keep, lora_alpha=0):
     """Writes out_dir/checkpoints/step_000120, has `latest` name it, removes the oldest beyond keep (0: none).
     source: the model's folder that the run started from; dtype: of the stored model. A collective."""
     root = pathlib.Path(out_dir, "checkpoints")
@@ -109,18 +122,24 @@ def save_checkpoint(out_dir, step, policy, visual, optimizer, source, dtype, kee
     for name, full in gather_weights(policy, dtype, trained_only=False):
         if is_main and not (name == "lm_head.weight" and policy.lm_head is None):  # a tied head is not stored
             tensors[name] = full.to("cpu", copy=True)  # an uneven shard leaves a view of a longer storage
+    adapters = {full_name(name): parameter.detach().full_tensor().cpu()
+                for name, parameter in policy.named_parameters() if "lora_" in name}
     if is_main:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "trainer").mkdir(parents=True)
         if visual is not None:
             for name, parameter in visual.named_parameters():
-                tensors[hub_name("visual." + name)] = parameter.detach().to("cpu", dtype)
+                tensors[full_name("visual." + name)] = parameter.detach().to("cpu", dtype)
         write_model(partial, tensors, source, dtype)
+        if adapters:
+            write_adapters(partial / "adapter", adapters, source, lora_alpha)
     dist.barrier()  # the folder is there
-    shards = trained_tensors(policy, optimizer)
-    dcp.save(shards, storage_writer=HuggingFaceStorageWriter(str(partial / "trainer"), save_distributed=True))
+    dcp.save(trained_tensors(policy, optimizer),
+             storage_writer=HuggingFaceStorageWriter(str(partial / "trainer"), save_distributed=True),
+             planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True))  # all of it on the first node
     if is_main:
-        state = {"step": step, "optimizer_steps": int(next(iter(optimizer.state.values()))["step"])}
+        state = {"step": step, "optimizer_steps": int(next(iter(optimizer.state.values()))["step"]),
+                 "lora_alpha": lora_alpha}
         (partial / "trainer" / "state.json").write_text(json.dumps(state), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before `latest` named it
         partial.rename(folder)
@@ -134,7 +153,7 @@ def save_checkpoint(out_dir, step, policy, visual, optimizer, source, dtype, kee
 
 
 def write_model(folder, tensors, source, dtype):
-    """A model folder in the hub's format, with config, tokenizer and processor of the folder source."""
+    """A model folder in the hub's format: as source has them, config, tokenizer, processor and names."""
     for path in pathlib.Path(source).iterdir():
         if path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
@@ -142,7 +161,20 @@ def write_model(folder, tensors, source, dtype):
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_torch_state_dict({name: t.contiguous() for name, t in tensors.items()}, folder)
+    names = {name: stored for name, (_, stored) in open_weights(source).items()}
+    save_torch_state_dict({names[name]: t.contiguous() for name, t in tensors.items()}, folder)
+
+
+def write_adapters(folder, adapters, source, lora_alpha):
+    """LoRA's adapters, {name: tensor}, in PEFT's format. In a folder of their own: beside the merged model's
+    config.json transformers would add them to it once more."""
+    rank = len(next(tensor for name, tensor in adapters.items() if name.endswith("lora_A")))
+    folder.mkdir()
+    save_file({f"base_model.model.{name}.weight": t for name, t in adapters.items()},
+              folder / "adapter_model.safetensors")
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(source), r=rank,
+                  lora_alpha=lora_alpha, target_modules=r"model\.language_model\.layers\..*_proj")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class Query(NamedTuple):
     grids: torch.Tensor  # (pictures, 3) int64: frames, rows and columns of patches
     images: list  # of PIL.Image, RGB, at their final size; [] once there are pixels
     pixels: list  # of (patches, patch dimension) float32: made by model.encode; [] once there are features
-    features: list  # of (tokens, H), one a picture: made by model.encode; [] before
+    features: list  # of (tokens, D), one a picture: made by model.encode; [] before
 
 
 class Sampling(NamedTuple):
@@ -99,8 +99,8 @@ def load_processor(model_dir):
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(model_dir)
     except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{model_dir}: no tokenizer and image processor of a Qwen2-VL or Qwen2.5-VL "
-                        f"(instruct) there ({' '.join(str(e).split())[:200]})") from e
+        raise UserError(f"{model_dir}: no tokenizer and image processor of a Qwen2-VL, Qwen2.5-VL "
+                        f"or Qwen3-VL (instruct) there ({' '.join(str(e).split())[:200]})") from e
     return tokenizer, image_processor
 
 

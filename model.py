@@ -1,15 +1,16 @@
-"""The policy: a Qwen2-VL or Qwen2.5-VL that gives log-probabilities of responses, sharded by FSDP2.
+"""The policy: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL that gives log-probabilities of responses, sharded by FSDP2.
 
     load_policy       config -> modules on the meta device -> sharded -> filled from safetensors
     encode            rows of a dataset -> token ids, positions, and image features by the frozen vision tower
     Policy            packed sequences -> log-probabilities and entropy of their response tokens
-    gather_weights    sharded parameters -> full tensors under the hub's names
+    add_adapters      LoRA: the weights stay as they are, a low-rank sum to each of them is trained
+    gather_weights    sharded parameters -> full tensors, as engines and checkpoints take them
 
 No padding: a micro-batch is some sequences one after the other in a single row. Attention runs sequence by
 sequence (packed_attention), everything else over all tokens at once.
 
-Only the hub's names leave this file ('model.layers.0...', 'visual...', 'lm_head.weight'): transformers
-renamed its modules in memory, the checkpoints on the hub and vLLM kept the old names.
+A tensor's name is the one that it has in transformers' memory ('model.language_model.layers.0...',
+'model.visual...', 'lm_head.weight'), which vLLM takes too. A checkpoint may have older ones, see full_name.
 """
 import math
 import os
@@ -30,7 +31,8 @@ from configurator import UserError
 from data import open_readers
 from distributed import all_max
 
-MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+CONNECTOR = ("merger.", "deepstack_merger_list.")  # what names of its parameters in the tower begin with
 # elements of a (tokens, vocabulary) block of logits: 64 MB in float32 on a CPU; on a GPU 512 MB, as the
 # head's gradient is summed over the chunks in bfloat16, and few large sums lose less than many small ones
 LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}
@@ -120,7 +122,7 @@ def encode(visual, dataset, rows, known=None):
 
 
 def tower_features(visual, queries, max_patches=math.inf):
-    """(tokens, H) features of each picture of the queries that have pixels, one after the other. A Qwen tower
+    """(tokens, D) features of each picture of the queries that have pixels, one after the other. A Qwen tower
     has no batch dimension: the patches of all pictures stand in one row, cut apart by their grids.
     max_patches bounds a call of the tower; a sharded one must be called once on each rank: math.inf."""
     weight = visual.patch_embed.proj.weight  # in a sharded tower: gathered, in the compute dtype
@@ -129,9 +131,21 @@ def tower_features(visual, queries, max_patches=math.inf):
     for batch in cut([len(pixels) for pixels, _ in pictures], max_patches):
         pixels = torch.cat([pictures[i][0] for i in batch]).to(weight.device, weight.dtype)
         grids = torch.stack([pictures[i][1] for i in batch])
-        tokens = visual(pixels, grid_thw=grids.to(weight.device)).pooler_output  # (tokens of all, H)
+        made = visual(pixels, grid_thw=grids.to(weight.device))
+        # (tokens of all, D). Qwen3-VL has a deepstack, features of inner layers too: D = H (1 + their number)
+        tokens = torch.cat([made.pooler_output, *getattr(made, "deepstack_features", [])], -1)
         features += tokens.split((grids.prod(-1) // visual.spatial_merge_size ** 2).tolist())
     return features
+
+
+def place_features(embeds, slots, features):
+    """(embeds with the features' first H columns in their slots, [the next H columns, ...]). embeds (..., H);
+    slots (...) bool, the image tokens; features: list of (tokens, D). Qwen3-VL's language model adds the
+    latter, (tokens, H) each, to what its first layers make of the slots; other models have none."""
+    if not features:
+        return embeds, []
+    first, *deeper = torch.cat(features).to(embeds).split(embeds.shape[-1], -1)
+    return embeds.masked_scatter(slots[..., None], first), deeper
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -143,7 +157,7 @@ class Sequence(NamedTuple):
     positions: torch.Tensor  # (3, L) int64, M-RoPE
     grids: torch.Tensor  # (pictures, 3) int64
     pixels: list  # of (patches, patch dimension), one a picture, where the policy owns the tower; else []
-    features: list  # of (tokens, H), one a picture, where it does not; else []
+    features: list  # of (tokens, D), one a picture, where it does not; else []
     query_length: int
 
 
@@ -216,9 +230,17 @@ class Policy(torch.nn.Module):
         embeds = self.language_model.embed_tokens(ids)  # (T, H)
         # features belong to the query; an image token in a response would be plain text
         slots = (ids == self.image_token_id) & in_query
-        embeds = self.place_features(embeds, slots, sequences)
-        hidden = self.language_model(inputs_embeds=embeds[None], position_ids=positions[:, None],
-                                     use_cache=False, lengths=lengths).last_hidden_state[0]  # (T, H)
+        features = [f for s in sequences for f in s.features]
+        if self.visual is not None and not (features := tower_features(self.visual, sequences)):
+            # other ranks run the sharded tower: so must this one, on a blank picture of weight 0
+            patches = torch.zeros(4, self.visual.patch_embed.proj.weight[0].numel())
+            blank = Sequence(None, None, torch.tensor([[1, 2, 2]]), [patches], [], 0)
+            embeds = embeds + 0 * tower_features(self.visual, [blank])[0].sum()
+        embeds, deeper = place_features(embeds, slots, features)
+        deepstack = dict(visual_pos_masks=slots[None], deepstack_visual_embeds=deeper) if deeper else {}
+        out = self.language_model(inputs_embeds=embeds[None], position_ids=positions[:, None],
+                                  use_cache=False, lengths=lengths, **deepstack)
+        hidden = out.last_hidden_state[0]  # (T, H)
         # the state before a response token predicts it; N response tokens
         before = ~in_query
         before = torch.cat([before[1:], before[:1]])
@@ -229,16 +251,11 @@ class Policy(torch.nn.Module):
         rows = torch.zeros(mask.shape, dtype=torch.float32, device=device)
         return rows.masked_scatter(mask, logprobs), rows.masked_scatter(mask, entropy)
 
-    def place_features(self, embeds, slots, sequences):
-        """embeds (T, H) with the image features of the sequences in their slots (T,) bool."""
-        features = [f for s in sequences for f in s.features]
-        if self.visual is not None:
-            features = tower_features(self.visual, sequences)
-            if not features:  # other ranks run the sharded tower: so must this one, on a blank of weight 0
-                pixels = embeds.new_zeros(4, self.visual.patch_embed.proj.weight[0].numel())
-                grid = torch.tensor([[1, 2, 2]], device=embeds.device)
-                embeds = embeds + 0 * self.visual(pixels, grid_thw=grid).pooler_output.sum()
-        return embeds.masked_scatter(slots[:, None], torch.cat(features).to(embeds)) if features else embeds
+    def use_adapters(self, on):
+        """False turns LoRA's adapters off: the policy is then the model as it was loaded."""
+        for module in self.modules():
+            if isinstance(module, LoRALinear):
+                module.on = on
 
 
 def mask_responses(sequences):
@@ -248,15 +265,78 @@ def mask_responses(sequences):
 
 
 @torch.no_grad()
-def response_logprobs(policy, sequences, max_tokens, temperature):
-    """logprobs (B, R) float32 of B sequences, without a gradient; 0 on padding. A collective."""
+def response_logprobs(policy, sequences, max_tokens, temperature, adapters=True):
+    """logprobs (B, R) float32 of B sequences, without a gradient; 0 on padding. adapters: whether LoRA's, if
+    the policy has them, take part. A collective."""
+    policy.use_adapters(adapters)
     mask = mask_responses(sequences)
     logprobs = torch.zeros(mask.shape, device=policy.language_model.embed_tokens.weight.device)
     for rows in microbatches(sequences, range(len(sequences)), max_tokens):
         part, _ = policy([sequences[i] for i in rows], temperature)
         logprobs[rows, :part.shape[1]] = part
     policy.reshard()  # without a backward FSDP would keep embedding and head gathered, in the compute dtype
+    policy.use_adapters(True)
     return logprobs
+
+
+# ------------------------------------------------------------------------------------------------------------
+# LoRA (Hu et al. 2021, arXiv 2106.09685): a frozen linear layer W (out, in) acts as W + alpha / rank * B A
+
+def merge(weight, A, B, scale):
+    """W + scale * B A (out, in) in W's dtype. The forward multiplies by it, and the engine gets it: a small
+    B A that bfloat16 rounds away is away for both."""
+    return torch.addmm(weight, B.to(weight.dtype), A.to(weight.dtype), alpha=scale)
+
+
+class MergedLinear(torch.autograd.Function):
+    """x (..., in) -> x merge(W, A, B, scale)^T (..., out). The merged weight is made again in backward; its
+    gradient never is: those of A (rank, in) and B (out, rank) need only products with rank columns."""
+
+    @staticmethod
+    def forward(ctx, x, weight, A, B, scale):
+        ctx.save_for_backward(x, weight, A, B)
+        ctx.scale = scale
+        return x @ merge(weight, A, B, scale).T
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, A, B = ctx.saved_tensors
+        grad_x = grad @ merge(weight, A, B, ctx.scale)
+        x, grad = x.flatten(0, -2), ctx.scale * grad.flatten(0, -2)  # (T, in), (T, out)
+        return grad_x, None, (grad @ B).T @ x, grad.T @ (x @ A.T), None
+
+
+class LoRALinear(torch.nn.Module):
+    """In the place of a Linear, whose weight and bias keep their names."""
+
+    def __init__(self, linear, rank, scale):
+        super().__init__()
+        (n_out, n_in), self.scale, self.on = linear.weight.shape, scale, True
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_A = torch.nn.Parameter(linear.weight.new_empty(rank, n_in, dtype=torch.float32))
+        self.lora_B = torch.nn.Parameter(linear.weight.new_empty(n_out, rank, dtype=torch.float32))
+
+    def forward(self, x):
+        if not self.on:
+            return F.linear(x, self.weight, self.bias)
+        y = MergedLinear.apply(x, self.weight, self.lora_A, self.lora_B, self.scale)
+        return y if self.bias is None else y + self.bias
+
+
+def add_adapters(policy, dtype, rank, alpha):
+    """Freezes the policy, in dtype, and has every linear layer of its language model train two float32
+    matrices."""
+    policy.requires_grad_(False).to(dtype)
+    for layer in policy.language_model.layers:
+        linears = [name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)]
+        for name in linears:
+            layer.set_submodule(name, LoRALinear(layer.get_submodule(name), rank, alpha / rank))
+
+
+def new_adapter(name, shape, generator):
+    """What lora_A and lora_B begin with: uniform within 1 / sqrt(in), and 0: nothing is changed yet."""
+    bound = shape[1] ** -0.5 if name.endswith("lora_A") else 0
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -289,12 +369,14 @@ def peak_gb(device):
 # ------------------------------------------------------------------------------------------------------------
 # loading
 
-def hub_name(name):
-    """The hub's name of a parameter, from any of the names transformers and this file give it in memory."""
-    for prefix in ("model.language_model.", "language_model."):
-        if name.startswith(prefix):
-            return "model." + name.removeprefix(prefix)
-    return name.removeprefix("model.") if name.startswith("model.visual.") else name
+def full_name(name):
+    """A tensor's name in transformers' memory, from that in a checkpoint (of Qwen2-VL and Qwen2.5-VL on the
+    hub: 'visual...', 'model.layers...') or in a Policy ('visual...', 'language_model...')."""
+    if name.startswith(("lm_head.", "model.language_model.", "model.visual.")):
+        return name
+    if name.startswith(("visual.", "language_model.")):
+        return "model." + name
+    return "model.language_model." + name.removeprefix("model.")
 
 
 def local_folder(model):
@@ -317,17 +399,17 @@ def load_config(folder):
     if config.model_type not in MODEL_TYPES:
         raise UserError(f"model: {folder} has model_type {config.model_type!r}, not of {MODEL_TYPES}, and "
                         "would need its own Policy in model.py")
-    if "sliding_attention" in config.text_config.layer_types:
+    if "sliding_attention" in getattr(config.text_config, "layer_types", ()):
         raise UserError(f"model: {folder} asks for sliding windows, which packed_attention has not")
     return config
 
 
 def open_weights(folder):
-    """{hub name: (open file, name in the file)} of a checkpoint's tensors, memory-mapped."""
+    """{name: (open file, name in the file)} of a checkpoint's tensors, memory-mapped."""
     where = {}
     for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
         file = safe_open(path, "pt")
-        where |= {hub_name(name): (file, name) for name in file.keys()}
+        where |= {full_name(name): (file, name) for name in file.keys()}
     if not where:
         raise UserError(f"model: no *.safetensors in {folder}")
     return where
@@ -336,13 +418,18 @@ def open_weights(folder):
 @torch.no_grad()
 def fill(module, weights, folder, prefix=""):
     """Copies the checkpoint's tensors into module's parameters, sharded or not: each rank reads a tensor and
-    keeps its shard of it, so no process ever holds the whole model."""
+    keeps its shard of it, so no process ever holds the whole model. Adapters are new."""
+    generator = torch.Generator().manual_seed(0)  # of the adapters, the same on every rank
     for name, parameter in module.named_parameters():
-        name = hub_name(prefix + name)
-        if name not in weights:
+        name = full_name(prefix + name)
+        if name.endswith(("lora_A", "lora_B")):
+            full = new_adapter(name, parameter.shape, generator)
+        elif name not in weights:
             raise UserError(f"model: {folder} has no tensor {name}, which its config asks for")
-        file, stored = weights[name]
-        full = file.get_tensor(stored).to(parameter.device, parameter.dtype)
+        else:
+            file, stored = weights[name]
+            full = file.get_tensor(stored)
+        full = full.to(parameter.device, parameter.dtype)
         if full.shape != parameter.shape:
             raise UserError(f"model: {name} is {tuple(full.shape)} in {folder}, its config asks for "
                             f"{tuple(parameter.shape)}")
@@ -356,19 +443,23 @@ def fill(module, weights, folder, prefix=""):
 
 
 def set_trained(policy, visual, train_llm, train_connector, train_vit):
-    """Marks the trained parameters, as the three flags say; the connector is the tower's merger."""
+    """Marks the trained parameters, as the three flags say; the connector is the tower's mergers."""
     policy.requires_grad_(train_llm)
     for name, parameter in visual.named_parameters():
-        parameter.requires_grad_(train_connector if name.startswith("merger.") else train_vit)
+        parameter.requires_grad_(train_connector if name.startswith(CONNECTOR) else train_vit)
 
 
 def load_policy(folder, world, dtype, banned_ids, train_llm=True, train_connector=False, train_vit=False,
-                master=True, activation_checkpointing=False):
+                master=True, activation_checkpointing=False, lora_rank=0, lora_alpha=0):
     """(policy, visual): the sharded Policy, and the frozen tower (in dtype, a whole copy on each process) or
     None when the tower is trained and so part of the policy.
 
     master=True keeps float32 weights and computes in dtype: an AdamW step of 1e-6 is lost in bfloat16
-    weights. master=False keeps dtype alone (the reference). Gradients are summed over ranks in float32."""
+    weights. master=False keeps dtype alone (the reference). Gradients are summed over ranks in float32.
+    lora_rank > 0 trains adapters of that rank in the place of the language model, which keeps dtype alone.
+
+    Weights are sharded over the processes of a node, and every node has them all: between nodes go only the
+    gradients of its shards, once a backward."""
     config, weights = load_config(folder), open_weights(folder)
     with torch.device("meta"):  # shapes and no storage
         hf = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation={
@@ -376,13 +467,18 @@ def load_policy(folder, world, dtype, banned_ids, train_llm=True, train_connecto
     trains_tower = train_connector or train_vit
     policy, visual = Policy(hf, banned_ids, with_visual=trains_tower), hf.model.visual
     set_trained(policy, visual, train_llm, train_connector, train_vit)
+    if lora_rank:
+        add_adapters(policy, dtype, lora_rank, lora_alpha)
     if not master:
         policy.eval().requires_grad_(False).to(dtype)
     elif activation_checkpointing:
         policy.language_model.gradient_checkpointing_enable(dict(use_reentrant=False))
         if train_vit:
             visual.gradient_checkpointing_enable(dict(use_reentrant=False))
-    mesh = init_device_mesh(world.device.type, (world.world_size,))
+    nodes = world.world_size // world.local_world_size
+    shape = nodes, world.local_world_size
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("nodes", "processes"))
+    mesh = mesh if nodes > 1 else mesh["processes"]
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in [*policy.language_model.layers, *(visual.blocks if trains_tower else [])]:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
@@ -400,13 +496,19 @@ def load_policy(folder, world, dtype, banned_ids, train_llm=True, train_connecto
 # full weights, for the engine and for checkpoints
 
 def gather_weights(policy, dtype, trained_only=True):
-    """Yields (hub name, full tensor in dtype on this device). A collective: every rank must run it to its
-    end. A tied head is named too: an engine that keeps it apart would go on with the old one, silently."""
+    """Yields (name, full tensor in dtype on this device), adapters merged into their weights. A collective:
+    every rank must run it to its end. A tied head is named too: an engine that keeps it apart would go on
+    with the old one, silently."""
     policy.reshard()  # after a forward without backward the root lies gathered, rounded to the compute dtype
+    adapted = {f"{name}.weight": module for name, module in policy.named_modules()
+               if isinstance(module, LoRALinear)}
     for name, parameter in policy.named_parameters():
-        if trained_only and not parameter.requires_grad:
+        if "lora_" in name or trained_only and not (parameter.requires_grad or adapted):
             continue
         full = parameter.detach().full_tensor().to(dtype)
-        yield hub_name(name), full
+        if (module := adapted.get(name)) is not None:
+            full = merge(full, module.lora_A.detach().full_tensor(), module.lora_B.detach().full_tensor(),
+                         module.scale)
+        yield full_name(name), full
         if policy.lm_head is None and name == "language_model.embed_tokens.weight":
             yield "lm_head.weight", full

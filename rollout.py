@@ -2,7 +2,7 @@
 
     engine.start(dataset, rows, seeds, Sampling(1.0, 1.0, 512))  # begins to sample; rows travel, not pictures
     completions = engine.collect()                               # one Completion a row, in their order
-    engine.load_weights(named_tensors)                           # hub names, full tensors
+    engine.load_weights(named_tensors)                           # names as in model.py, full tensors
 
 HFEngine (here): each process samples its own rows with its own unsharded copy of the model; for small models.
 VLLMEngine (rollout_vllm.py): each node has one vLLM, on the GPU after the training ones.
@@ -13,6 +13,7 @@ with no penalty and no top_k. A request has a seed of its own: its tokens depend
 the number of ranks. For one seed the engines differ. Logprobs are those at top_p 1, which training uses.
 """
 import functools
+import itertools
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from transformers import AutoModelForImageTextToText
 from configurator import UserError
 from data import Completion, request_seed
 from distributed import all_sum
-from model import encode, hub_name, make_sequence, response_logprobs
+from model import encode, full_name, make_sequence, place_features, response_logprobs
 from rollout_vllm import VLLMEngine
 
 MAX_LOGPROB_DIFF = 0.1  # nats a token: more before the first step, and the run is stopped
@@ -81,17 +82,19 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-def advance(text, embeds, positions, bias, cache, start):
+def advance(text, embeds, positions, bias, cache, start, slots=None, deeper=()):
     """The last of n new tokens' hidden states, (B, H); their keys and values go to columns start .. start + n
     of the cache. embeds (B, n, H); positions (3, B, n) M-RoPE; bias (B, 1, 1 or n, start + n) is added to the
-    attention's scores: 0 where a token sees a column."""
+    attention's scores: 0 where a token sees a column. slots, deeper: Qwen3-VL's, see place_features."""
     B, n, _ = embeds.shape
     x, end = embeds, start + n
     cos, sin = (part[:, :, None] for part in text.rotary_emb(x, positions))  # of all layers
-    for layer, kv in zip(text.layers, cache):
+    for layer, kv, added in itertools.zip_longest(text.layers, cache, deeper):
         attention, y = layer.self_attn, layer.input_layernorm(x)
         q, k, v = (project(y).view(B, n, -1, attention.head_dim)
                    for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+        if hasattr(attention, "q_norm"):  # Qwen3-VL
+            q, k = attention.q_norm(q), attention.k_norm(k)
         keys, values = kv[:, :, :, :end]
         keys[:, :, start:] = rotate(k, cos, sin).transpose(1, 2)
         values[:, :, start:] = v.transpose(1, 2)
@@ -101,6 +104,8 @@ def advance(text, embeds, positions, bias, cache, start):
         y = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, several)
         x = x + attention.o_proj(y.view(q.shape).permute(0, 3, 1, 2, 4).reshape(B, n, -1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
+        if added is not None:
+            x[slots] += added
     return text.norm(x[:, -1])
 
 
@@ -131,7 +136,7 @@ class HFEngine:
         self.banned_ids = torch.tensor(banned_ids, dtype=torch.int64, device=world.device)
         # duplicates kept: a tied lm_head.weight comes by its own name into the embedding's storage
         parameters = self.model.named_parameters(remove_duplicate=False)
-        self.parameters = {hub_name(name): parameter for name, parameter in parameters}
+        self.parameters = {full_name(name): parameter for name, parameter in parameters}
 
     def start(self, dataset, rows, seeds, sampling, queries=None):
         """Keeps the request: this engine samples in the caller's process, so not before collect. queries:
@@ -184,21 +189,19 @@ class HFEngine:
         ids = pad_left([torch.tensor(query.ids) for query in different]).to(self.device)  # (B, Q)
         real = pad_left([torch.ones(len(query.ids), dtype=torch.bool) for query in different]).to(self.device)
         positions = pad_left([query.positions.T for query in different]).to(self.device).permute(2, 0, 1)
-        embeds = text.embed_tokens(ids)  # (B, Q, H)
-        features = [f for query in different for f in query.features]
-        if features:
-            slots = (ids == self.model.config.image_token_id) & real
-            embeds = embeds.masked_scatter(slots[..., None], torch.cat(features).to(embeds))
+        slots = (ids == self.model.config.image_token_id) & real
         B, Q = ids.shape
         # -1e4 hides a column; not the type's lowest number, as padding in front sees nothing else
-        bias = embeds.new_zeros(B, 1, 1, Q + n)
+        bias = text.embed_tokens.weight.new_zeros(B, 1, 1, Q + n)
         bias[:, 0, 0, :Q].masked_fill_(~real, -1e4)
-        causal = embeds.new_full((Q, Q), -1e4).triu(1)
+        causal = bias.new_full((Q, Q), -1e4).triu(1)
         cache, few = empty_cache(text, B, Q + n), max(1, PREFILL_TOKENS[self.device.type] // Q)
         hidden = []  # (B, H) of the last query token
         for part in (slice(i, i + few) for i in range(0, B, few)):
             hide, room = torch.minimum(bias[part, ..., :Q], causal), [kv[:, part] for kv in cache]
-            hidden.append(advance(text, embeds[part], positions[:, part], hide, room, 0))
+            features = [f for query in different[part] for f in query.features]
+            embeds, deeper = place_features(text.embed_tokens(ids[part]), slots[part], features)  # (b, Q, H)
+            hidden.append(advance(text, embeds, positions[:, part], hide, room, 0, slots[part], deeper))
 
         # the responses: row says which request each line of the shrinking batch is
         line = torch.tensor([number[id(query)] for query in queries], device=self.device)
@@ -235,7 +238,7 @@ class HFEngine:
 
     @torch.no_grad()
     def load_weights(self, named_tensors):
-        """Copies the tensors in place. named_tensors: (hub name, full tensor), of any device and dtype."""
+        """Copies the tensors in place. named_tensors: (name, full tensor), of any device and dtype."""
         for name, tensor in named_tensors:
             if name not in self.parameters or self.parameters[name].shape != tensor.shape:
                 raise ValueError(f"load_weights: the model has no {name!r} of shape {tuple(tensor.shape)}")

@@ -25,11 +25,12 @@ import torch.distributed as dist
 from configurator import UserError
 from data import Completion, Sampling, open_readers, read_image
 from distributed import gather_json
-from model import load_config, open_weights
+from model import CONNECTOR, load_config, open_weights
 
 BAN = -100.0  # the lowest logit bias that vLLM takes: e^-100 of a typical token's probability
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
-PARTS = ("visual.merger.", "visual.", "")  # connector, tower, language model: trained whole or not at all
+# connector, tower, language model: trained whole or not at all
+PARTS = (tuple(f"model.visual.{name}" for name in CONNECTOR), "model.visual.", "")
 
 
 class VLLMEngine:
@@ -124,7 +125,7 @@ class VLLMEngine:
         return completions[dist.get_rank(self.group)]
 
     def load_weights(self, named_tensors):
-        """vLLM samples from these from now on: an iterator of (hub name, full tensor), the same on all ranks.
+        """vLLM samples from these from now on: an iterator of (name, full tensor), the same on all ranks.
         A collective. ValueError unless each part of the model that they are of is whole; the engine is spoilt
         then, and the run should end."""
         assert self.dataset is None, "the engine is sampling: collect first"

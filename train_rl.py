@@ -35,7 +35,7 @@ from rollout import check_parity, open_engine
 out_dir = "out/rl"  # config.py, metrics.jsonl, eval.jsonl, samples.jsonl and checkpoints/ go here
 seed = 0  # data order and sampling follow from it, whatever the number of processes
 # model and data
-model = ""  # folder or hub name of a Qwen2-VL or Qwen2.5-VL
+model = ""  # folder or hub name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL
 train_data = ""  # problems in the paper's jsonl; `python fetch.py` says how to get some
 val_data = ""  # evaluated as split validation; '' leaves it out
 test_data = ""  # evaluated as split test; '' leaves it out
@@ -87,6 +87,8 @@ train_connector = False  # True trains the merger between tower and language mod
 train_vit = False  # True trains the vision tower
 dtype = "auto"  # of compute: 'float32', 'bfloat16', or 'auto' (bfloat16 on GPU, float32 on CPU)
 activation_checkpointing = True  # True recomputes each layer in backward: less memory, a third more compute
+lora_rank = 0  # > 0: not the language model is trained but adapters of this rank, at ten times the rate
+lora_alpha = 32  # adapters count lora_alpha / lora_rank times
 # what is written
 eval_every_epochs = 1.0  # evaluate after so many (0.25: 4 times in each), and before and after all; 0 = never
 save_every_steps = 0  # checkpoint after every so many steps; 0 = only after the last
@@ -195,16 +197,21 @@ if __name__ == "__main__":
     # policy: sharded by FSDP, by one process too. visual: the frozen tower, which makes the features for all;
     # None while it is trained, as part of the policy
     flags = train_llm, train_connector, train_vit
-    policy, visual = load_policy(folder, world, precision, banned_ids, *flags,
-                                 activation_checkpointing=activation_checkpointing)
+    policy, visual = load_policy(
+        folder, world, precision, banned_ids, *flags, activation_checkpointing=activation_checkpointing,
+        lora_rank=lora_rank, lora_alpha=lora_alpha)
     reference = None
-    if kl_loss_coeff or kl_reward_coeff:  # master=False: not trained. it owns a tower if policy does
-        reference, _ = load_policy(folder, world, precision, banned_ids, *flags, master=False)
+    if kl_loss_coeff or kl_reward_coeff:
+        reference = policy  # its adapters off; without any a second model, which owns a tower if policy does
+        if not lora_rank:
+            reference, _ = load_policy(folder, world, precision, banned_ids, *flags, master=False)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay,
                                   fused=True)
     # --- a run that goes on takes weights, moments and step from out_dir's newest checkpoint
-    first_step = 1 + (load_trainer(out_dir, policy, optimizer) if init_from == "resume" else 0)
+    first_step = 1
+    if init_from == "resume":
+        first_step += load_trainer(out_dir, policy, optimizer, lora_alpha)
     logs = Logs(config, first_step, is_main)
     if is_main:
         print(f"{len(train)} queries, {steps_per_epoch} steps an epoch; steps {first_step} to {steps}, each "
@@ -258,7 +265,8 @@ if __name__ == "__main__":
             old_logprobs = response_logprobs(policy, sequences, max_tokens_per_microbatch, temperature)
         ref_logprobs = old_logprobs  # (B, R), of the model as loaded; without a KL term it only fills a place
         if reference is not None:
-            ref_logprobs = response_logprobs(reference, sequences, max_tokens_per_microbatch, temperature)
+            ref_logprobs = response_logprobs(reference, sequences, max_tokens_per_microbatch, temperature,
+                                             adapters=False)
         records = []
         verdicts = judge_batch(list(zip(responses, [train.samples[row].answer for row in rows])))
         for row, completion, response, verdict in zip(rows, completions, responses, verdicts):
@@ -345,7 +353,8 @@ if __name__ == "__main__":
             epoch = step / steps_per_epoch
             evaluate_all(engine, eval_sets, step, epoch, max_new_tokens, seed, world, logs, save_samples)
         if stop.agreed() or save_due:
-            save_checkpoint(out_dir, step, policy, visual, optimizer, folder, precision, keep_checkpoints)
+            save_checkpoint(out_dir, step, policy, visual, optimizer, folder, precision, keep_checkpoints,
+                            lora_alpha)
         if stop.exit_status:
             break
     engine.close()

@@ -26,7 +26,7 @@ from rollout import open_engine
 out_dir = "out/sft"  # config.py, metrics.jsonl, eval.jsonl, samples.jsonl and checkpoints/ go here
 seed = 0  # the data order follows from it
 # model and data
-model = ""  # folder or hub name of a Qwen2-VL or Qwen2.5-VL
+model = ""  # folder or hub name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL
 train_data = ""  # rows with a solution, in the paper's jsonl; `python fetch.py` says how to get some
 val_data = ""  # evaluated as split validation; '' leaves it out
 test_data = ""  # evaluated as split test; '' leaves it out
@@ -51,6 +51,8 @@ train_connector = False  # True trains the merger between tower and language mod
 train_vit = False  # True trains the vision tower
 dtype = "auto"  # of compute: 'float32', 'bfloat16', or 'auto' (bfloat16 on GPU, float32 on CPU)
 activation_checkpointing = True  # True recomputes each layer in backward: less memory, a third more compute
+lora_rank = 0  # > 0: not the language model is trained but adapters of this rank, at ten times the rate
+lora_alpha = 32  # adapters count lora_alpha / lora_rank times
 # evaluation and what is written
 rollout = "vllm"  # 'vllm' or 'hf': what samples the evaluation's responses
 max_new_tokens = 2048  # tokens of an evaluation's response at most
@@ -91,11 +93,14 @@ if __name__ == "__main__":
         engine = open_engine(rollout, folder, precision, world, eos_ids, banned_ids,
                              max_prompt_tokens + max_new_tokens, gpu_memory_utilization)
     policy, visual = load_policy(folder, world, precision, banned_ids, train_llm, train_connector, train_vit,
-                                 activation_checkpointing=activation_checkpointing)
+                                 activation_checkpointing=activation_checkpointing, lora_rank=lora_rank,
+                                 lora_alpha=lora_alpha)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay,
                                   fused=True)
-    first_step = 1 + (load_trainer(out_dir, policy, optimizer) if init_from == "resume" else 0)
+    first_step = 1
+    if init_from == "resume":
+        first_step += load_trainer(out_dir, policy, optimizer, lora_alpha)
     logs = Logs(config, first_step, is_main)
     if is_main:
         print(f"{len(train)} rows, {steps_per_epoch} updates of {batch_size} rows an epoch, {steps} updates; "
@@ -152,7 +157,8 @@ if __name__ == "__main__":
         if engine and (step == steps or step % eval_every_steps == 0):
             evaluate_now(step)
         if stop.agreed() or step == steps or (save_every_steps and step % save_every_steps == 0):
-            save_checkpoint(out_dir, step, policy, visual, optimizer, folder, stored, keep_checkpoints)
+            save_checkpoint(out_dir, step, policy, visual, optimizer, folder, stored, keep_checkpoints,
+                            lora_alpha)
         if stop.exit_status:
             break
     if engine:

@@ -16,7 +16,7 @@ import rollout_vllm
 from configurator import UserError
 from data import Dataset, Sampling, load_processor, request_seed, special_token_ids
 from distributed import World, start
-from model import hub_name
+from model import full_name
 from rollout_vllm import VLLMEngine, engine_environment
 from tiny import make_tiny
 
@@ -123,7 +123,7 @@ def seeds(n, step=0):
 
 def named(model, prefixes=ALL):
     """[(hub name, tensor)], a tied head by its own name too."""
-    pairs = [(hub_name(name), p.detach()) for name, p in model.named_parameters(remove_duplicate=False)]
+    pairs = [(full_name(name), p.detach()) for name, p in model.named_parameters(remove_duplicate=False)]
     return [(name, p) for name, p in pairs if name.startswith(prefixes)]
 
 

@@ -1,11 +1,11 @@
-"""A tiny random Qwen2-VL or Qwen2.5-VL with tokenizer and image processor, in a folder as the hub has it."""
+"""A tiny random Qwen2-VL, Qwen2.5-VL or Qwen3-VL with tokenizer and image processor, in the hub's format."""
 import json
 import pathlib
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedTokenizerFast
-from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 SPECIAL = [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end",
@@ -41,6 +41,12 @@ def tiny_config(kind, tied, tokenizer, vocab_size=0, hidden=32, layers=2):
         vision |= dict(hidden_size=32, intermediate_size=64, out_hidden_size=hidden)
         vision |= dict(window_size=56, fullatt_block_indexes=[1])
         return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **common)
+    if kind == "qwen3_vl":  # heads of 32, whatever hidden is; to the third layer comes no deepstack feature
+        text |= dict(head_dim=32, num_hidden_layers=layers + 1)
+        text["rope_parameters"] = rope | dict(mrope_section=[6, 5, 5], mrope_interleaved=True)
+        vision |= dict(hidden_size=32, intermediate_size=64, out_hidden_size=hidden, patch_size=16)
+        vision |= dict(depth=3, deepstack_visual_indexes=[0, 2], num_position_embeddings=16)
+        return Qwen3VLConfig(text_config=text, vision_config=vision, **common)
     vision |= dict(embed_dim=32, hidden_size=hidden, mlp_ratio=2)
     return Qwen2VLConfig(text_config=text, vision_config=vision, **common)
 
@@ -69,8 +75,10 @@ def make_tiny(folder, kind="qwen2_5_vl", tied=True, vocab_size=0, hidden=32, lay
     eos, pad = config.text_config.eos_token_id, config.text_config.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=[eos, pad], pad_token_id=pad)
     model.save_pretrained(folder)
-    flatten(folder / "config.json")
+    if kind != "qwen3_vl":
+        flatten(folder / "config.json")
     tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, temporal_patch_size=2, size=dict(
+    patch = config.vision_config.patch_size
+    Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2, temporal_patch_size=2, size=dict(
         shortest_edge=28 * 28, longest_edge=1280 * 28 * 28)).save_pretrained(folder)
     return str(folder)
