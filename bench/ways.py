@@ -60,8 +60,9 @@ def padded_forward(policy, sequences, temperature):
     head = text.embed_tokens if policy.lm_head is None else policy.lm_head
     ids, positions, _, in_query, before = padded(sequences, head.weight.device)
     embeds, slots = text.embed_tokens(ids), (ids == policy.image_token_id) & in_query
-    embeds = policy.place_features(embeds.flatten(0, 1), slots.flatten(), sequences).view_as(embeds)
-    hidden = text(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+    embeds, deepstack = policy.place_pictures(embeds, slots, sequences)
+    extra = dict(visual_pos_masks=slots, deepstack_visual_embeds=deepstack) if deepstack else {}
+    hidden = text(inputs_embeds=embeds, position_ids=positions, use_cache=False, **extra).last_hidden_state
     targets, banned_ids = ids.roll(-1, 1)[before], policy.banned_ids.to(ids.device)
     return in_rows(sequences, *model.chunked_logprobs(hidden[before], head.weight, targets, temperature,
                                                       banned_ids))
@@ -98,8 +99,10 @@ class PlainPolicy(model.Policy):
 
 
 def plain_load_policy(folder, world, dtype, banned_ids, train_llm=True, train_connector=False,
-                      train_vit=False, master=True, activation_checkpointing=False):
+                      train_vit=False, master=True, activation_checkpointing=False, lora_rank=0,
+                      lora_alpha=0):
     """(policy, None), as model.load_policy has it: None, so that every forward is given pixels."""
+    assert not lora_rank, "the plain way has no LoRA"
     hf = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32 if master else dtype,
                                                      attn_implementation="sdpa")
     policy = PlainPolicy(hf, banned_ids, dtype).to(world.device)
