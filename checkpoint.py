@@ -9,7 +9,7 @@
 
 A checkpoint is written under another name and renamed; only then does `latest` name it, and only then are
 older ones removed: a run that is killed at any moment leaves the one before, whole. Data order and sampling
-are functions of (seed, step, id), so weights, moments and two numbers are all it needs.
+are functions of (seed, step, id), so weights, moments and a few numbers are all it needs.
 """
 import importlib.util
 import json
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint import (DefaultSavePlanner, HuggingFaceStorage
 
 from configurator import UserError, check_at_least, one_of, save_config
 from distributed import all_max
-from model import full_name, gather_weights, open_weights
+from model import name_in_memory, gather_weights, open_weights
 
 LOGS = ("metrics", "eval", "samples")
 
@@ -56,6 +56,7 @@ def check_trainer(config):
     """UserError for what both trainers refuse before anything slow."""
     check_at_least(config, 1, "batch_size", "epochs", "max_new_tokens", "max_prompt_tokens",
                    "max_tokens_per_microbatch")
+    check_at_least(config, 0, "lora_rank", "lora_alpha")
     one_of(config, "init_from", "pretrained", "resume")
     one_of(config, "logger", "none", "tensorboard", "wandb")
     out_dir, logger = config["out_dir"], config["logger"]
@@ -92,27 +93,27 @@ def trained_tensors(policy, optimizer):
     return tensors
 
 
-def load_trainer(out_dir, policy, optimizer, lora_alpha=0):
+def load_trainer(out_dir, policy, optimizer):
     """The step of out_dir's newest checkpoint, once policy and optimizer are those of then; 0 when there is
     none. A collective, of any number of ranks."""
     path, state = pathlib.Path(out_dir, "checkpoints", "latest", "trainer"), {"step": 0}
     if path.exists():
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    newest, oldest = all_max(state["step"]), -all_max(-state["step"])
+    newest, oldest = int(all_max(state["step"])), -int(all_max(-state["step"]))
     if newest != oldest:
-        raise UserError(f"{out_dir}: nodes have checkpoints of steps {oldest:.0f} to {newest:.0f}; copy the "
-                        "first node's out_dir to all of them")
+        raise UserError(f"{out_dir}: nodes have checkpoints of steps {oldest} to {newest}; copy the first "
+                        "node's out_dir to all of them")
     if not state["step"]:
         return 0
-    if lora_alpha != state["lora_alpha"]:
-        raise UserError(f"config: {lora_alpha=}, but the run in {out_dir} has {state['lora_alpha']}")
+    if list(policy.lora) != (had := state.get("lora", [0, 0])):
+        raise UserError(f"config: rank and alpha of LoRA are {policy.lora}, but {had} in {out_dir}")
     dcp.load(trained_tensors(policy, optimizer), storage_reader=HuggingFaceStorageReader(str(path.resolve())))
     for moments in optimizer.state.values():
         moments["step"].fill_(state["optimizer_steps"])
     return state["step"]
 
 
-def save_checkpoint(out_dir, step, policy, visual, optimizer, source, dtype, keep, lora_alpha=0):
+def save_checkpoint(out_dir, step, policy, visual, optimizer, source, dtype, keep):
     """Writes out_dir/checkpoints/step_000120, has `latest` name it, removes the oldest beyond keep (0: none).
     source: the model's folder that the run started from; dtype: of the stored model. A collective."""
     root = pathlib.Path(out_dir, "checkpoints")
@@ -122,24 +123,24 @@ def save_checkpoint(out_dir, step, policy, visual, optimizer, source, dtype, kee
     for name, full in gather_weights(policy, dtype, trained_only=False):
         if is_main and not (name == "lm_head.weight" and policy.lm_head is None):  # a tied head is not stored
             tensors[name] = full.to("cpu", copy=True)  # an uneven shard leaves a view of a longer storage
-    adapters = {full_name(name): parameter.detach().full_tensor().cpu()
+    adapters = {name_in_memory(name): parameter.detach().full_tensor().cpu()
                 for name, parameter in policy.named_parameters() if "lora_" in name}
     if is_main:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "trainer").mkdir(parents=True)
         if visual is not None:
             for name, parameter in visual.named_parameters():
-                tensors[full_name("visual." + name)] = parameter.detach().to("cpu", dtype)
+                tensors[name_in_memory("visual." + name)] = parameter.detach().to("cpu", dtype)
         write_model(partial, tensors, source, dtype)
         if adapters:
-            write_adapters(partial / "adapter", adapters, source, lora_alpha)
+            write_adapters(partial / "adapter", adapters, source, *policy.lora)
     dist.barrier()  # the folder is there
     dcp.save(trained_tensors(policy, optimizer),
              storage_writer=HuggingFaceStorageWriter(str(partial / "trainer"), save_distributed=True),
              planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True))  # all of it on the first node
     if is_main:
         state = {"step": step, "optimizer_steps": int(next(iter(optimizer.state.values()))["step"]),
-                 "lora_alpha": lora_alpha}
+                 "lora": policy.lora}
         (partial / "trainer" / "state.json").write_text(json.dumps(state), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before `latest` named it
         partial.rename(folder)
@@ -165,15 +166,15 @@ def write_model(folder, tensors, source, dtype):
     save_torch_state_dict({names[name]: t.contiguous() for name, t in tensors.items()}, folder)
 
 
-def write_adapters(folder, adapters, source, lora_alpha):
+def write_adapters(folder, adapters, source, rank, alpha):
     """LoRA's adapters, {name: tensor}, in PEFT's format. In a folder of their own: beside the merged model's
     config.json transformers would add them to it once more."""
-    rank = len(next(tensor for name, tensor in adapters.items() if name.endswith("lora_A")))
     folder.mkdir()
     save_file({f"base_model.model.{name}.weight": t for name, t in adapters.items()},
               folder / "adapter_model.safetensors")
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(source), r=rank,
-                  lora_alpha=lora_alpha, target_modules=r"model\.language_model\.layers\..*_proj")
+                  lora_alpha=alpha, target_modules=[
+                      name.removesuffix(".lora_A") for name in adapters if name.endswith(".lora_A")])
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -52,7 +52,7 @@ class Query(NamedTuple):
     grids: torch.Tensor  # (pictures, 3) int64: frames, rows and columns of patches
     images: list  # of PIL.Image, RGB, at their final size; [] once there are pixels
     pixels: list  # of (patches, patch dimension) float32: made by model.encode; [] once there are features
-    features: list  # of (tokens, D), one a picture: made by model.encode; [] before
+    features: list  # of (tokens, n H), one a picture: made by model.encode; [] before
 
 
 class Sampling(NamedTuple):

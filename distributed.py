@@ -1,11 +1,13 @@
 """The processes of a run, and the few collectives that it needs.
 
 One process and N processes run the same code: a process group always exists, gloo for tensors on the CPU and
-nccl for those on a GPU. What is not a tensor travels as JSON: nothing is ever unpickled.
+nccl for those on a GPU. What is not a tensor travels as JSON: this file unpickles nothing.
 """
+import ctypes
 import datetime
 import json
 import os
+import signal
 import sys
 from typing import Any, NamedTuple
 
@@ -36,6 +38,8 @@ def start() -> World:
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)  # before any collective, or every process opens a context on GPU 0
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would build and keep a plan for every new length
+    if "RANK" in os.environ:  # an agent of torchrun's that is killed would leave this process to go on alone
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; other nodes lose their connection then
     timeout = datetime.timedelta(hours=2)  # of a collective, which others may wait in while one evaluates
     # alone: no port, no rendezvous
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)

@@ -3,14 +3,14 @@
     load_policy       config -> modules on the meta device -> sharded -> filled from safetensors
     encode            rows of a dataset -> token ids, positions, and image features by the frozen vision tower
     Policy            packed sequences -> log-probabilities and entropy of their response tokens
-    add_adapters      LoRA: the weights stay as they are, a low-rank sum to each of them is trained
+    add_adapters      LoRA: the weights stay as they are, a low-rank term added to each is trained
     gather_weights    sharded parameters -> full tensors, as engines and checkpoints take them
 
 No padding: a micro-batch is some sequences one after the other in a single row. Attention runs sequence by
 sequence (packed_attention), everything else over all tokens at once.
 
 A tensor's name is the one that it has in transformers' memory ('model.language_model.layers.0...',
-'model.visual...', 'lm_head.weight'), which vLLM takes too. A checkpoint may have older ones, see full_name.
+'model.visual...', 'lm_head.weight'), which vLLM takes too. A checkpoint may have older ones, which it keeps.
 """
 import math
 import os
@@ -122,8 +122,8 @@ def encode(visual, dataset, rows, known=None):
 
 
 def tower_features(visual, queries, max_patches=math.inf):
-    """(tokens, D) features of each picture of the queries that have pixels, one after the other. A Qwen tower
-    has no batch dimension: the patches of all pictures stand in one row, cut apart by their grids.
+    """(tokens, n H) features of each picture of the queries that have pixels, one after the other. A Qwen
+    tower has no batch dimension: the patches of all pictures stand in one row, cut apart by their grids.
     max_patches bounds a call of the tower; a sharded one must be called once on each rank: math.inf."""
     weight = visual.patch_embed.proj.weight  # in a sharded tower: gathered, in the compute dtype
     pictures = [(pixels, grid) for query in queries for pixels, grid in zip(query.pixels, query.grids)]
@@ -131,21 +131,21 @@ def tower_features(visual, queries, max_patches=math.inf):
     for batch in cut([len(pixels) for pixels, _ in pictures], max_patches):
         pixels = torch.cat([pictures[i][0] for i in batch]).to(weight.device, weight.dtype)
         grids = torch.stack([pictures[i][1] for i in batch])
-        made = visual(pixels, grid_thw=grids.to(weight.device))
-        # (tokens of all, D). Qwen3-VL has a deepstack, features of inner layers too: D = H (1 + their number)
-        tokens = torch.cat([made.pooler_output, *getattr(made, "deepstack_features", [])], -1)
+        output = visual(pixels, grid_thw=grids.to(weight.device))
+        # (tokens of all, n H). n is 1, but for Qwen3-VL's deepstack: there features of inner layers follow
+        tokens = torch.cat([output.pooler_output, *getattr(output, "deepstack_features", [])], -1)
         features += tokens.split((grids.prod(-1) // visual.spatial_merge_size ** 2).tolist())
     return features
 
 
 def place_features(embeds, slots, features):
-    """(embeds with the features' first H columns in their slots, [the next H columns, ...]). embeds (..., H);
-    slots (...) bool, the image tokens; features: list of (tokens, D). Qwen3-VL's language model adds the
-    latter, (tokens, H) each, to what its first layers make of the slots; other models have none."""
+    """(embeds, deepstack): embeds (..., H) with the features' first H columns at the image tokens, which
+    slots (...) bool marks; and a list of the columns that follow, (tokens, H) each. Qwen3-VL adds those to
+    its first layers' outputs at these tokens; other models have none. features: list of (tokens, n H)."""
     if not features:
         return embeds, []
-    first, *deeper = torch.cat(features).to(embeds).split(embeds.shape[-1], -1)
-    return embeds.masked_scatter(slots[..., None], first), deeper
+    first, *deepstack = torch.cat(features).to(embeds).split(embeds.shape[-1], -1)
+    return embeds.masked_scatter(slots[..., None], first), deepstack
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ class Sequence(NamedTuple):
     positions: torch.Tensor  # (3, L) int64, M-RoPE
     grids: torch.Tensor  # (pictures, 3) int64
     pixels: list  # of (patches, patch dimension), one a picture, where the policy owns the tower; else []
-    features: list  # of (tokens, D), one a picture, where it does not; else []
+    features: list  # of (tokens, n H), one a picture, where it does not; else []
     query_length: int
 
 
@@ -218,6 +218,7 @@ class Policy(torch.nn.Module):
         self.visual = hf.model.visual if with_visual else None
         self.image_token_id = hf.config.image_token_id
         self.banned_ids = torch.tensor(banned_ids, dtype=torch.int64)
+        self.lora = 0, 0  # rank and alpha of its adapters
 
     def forward(self, sequences, temperature):
         """logprobs and (without a gradient) entropy, (B, R) float32, of the response tokens of B sequences,
@@ -230,16 +231,10 @@ class Policy(torch.nn.Module):
         embeds = self.language_model.embed_tokens(ids)  # (T, H)
         # features belong to the query; an image token in a response would be plain text
         slots = (ids == self.image_token_id) & in_query
-        features = [f for s in sequences for f in s.features]
-        if self.visual is not None and not (features := tower_features(self.visual, sequences)):
-            # other ranks run the sharded tower: so must this one, on a blank picture of weight 0
-            patches = torch.zeros(4, self.visual.patch_embed.proj.weight[0].numel())
-            blank = Sequence(None, None, torch.tensor([[1, 2, 2]]), [patches], [], 0)
-            embeds = embeds + 0 * tower_features(self.visual, [blank])[0].sum()
-        embeds, deeper = place_features(embeds, slots, features)
-        deepstack = dict(visual_pos_masks=slots[None], deepstack_visual_embeds=deeper) if deeper else {}
+        embeds, deepstack = self.place_pictures(embeds, slots, sequences)
+        extra = dict(visual_pos_masks=slots[None], deepstack_visual_embeds=deepstack) if deepstack else {}
         out = self.language_model(inputs_embeds=embeds[None], position_ids=positions[:, None],
-                                  use_cache=False, lengths=lengths, **deepstack)
+                                  use_cache=False, lengths=lengths, **extra)
         hidden = out.last_hidden_state[0]  # (T, H)
         # the state before a response token predicts it; N response tokens
         before = ~in_query
@@ -251,8 +246,19 @@ class Policy(torch.nn.Module):
         rows = torch.zeros(mask.shape, dtype=torch.float32, device=device)
         return rows.masked_scatter(mask, logprobs), rows.masked_scatter(mask, entropy)
 
+    def place_pictures(self, embeds, slots, sequences):
+        """place_features of the sequences' pictures, by the policy's own tower if it has one."""
+        features = [f for s in sequences for f in s.features]
+        if self.visual is not None:
+            features = tower_features(self.visual, sequences)
+            if not features:  # other ranks run the sharded tower: so must this one, on a blank of weight 0
+                patches = torch.zeros(4, self.visual.patch_embed.proj.weight[0].numel())
+                blank = Sequence(None, None, torch.tensor([[1, 2, 2]]), [patches], [], 0)
+                embeds = embeds + 0 * tower_features(self.visual, [blank])[0].sum()
+        return place_features(embeds, slots, features)
+
     def use_adapters(self, on):
-        """False turns LoRA's adapters off: the policy is then the model as it was loaded."""
+        """False turns LoRA's adapters off: the policy is then its base model."""
         for module in self.modules():
             if isinstance(module, LoRALinear):
                 module.on = on
@@ -283,27 +289,27 @@ def response_logprobs(policy, sequences, max_tokens, temperature, adapters=True)
 # LoRA (Hu et al. 2021, arXiv 2106.09685): a frozen linear layer W (out, in) acts as W + alpha / rank * B A
 
 def merge(weight, A, B, scale):
-    """W + scale * B A (out, in) in W's dtype. The forward multiplies by it, and the engine gets it: a small
-    B A that bfloat16 rounds away is away for both."""
+    """W + scale * B A (out, in) in W's dtype. The forward multiplies by it and the engine gets it, so both
+    have the same policy. In bfloat16 the first updates round away, as in full training at its rates."""
     return torch.addmm(weight, B.to(weight.dtype), A.to(weight.dtype), alpha=scale)
 
 
 class MergedLinear(torch.autograd.Function):
-    """x (..., in) -> x merge(W, A, B, scale)^T (..., out). The merged weight is made again in backward; its
-    gradient never is: those of A (rank, in) and B (out, rank) need only products with rank columns."""
+    """x (..., in) -> x merge(W, A, B, scale)^T + bias (..., out). The merged weight is made again in
+    backward. Its gradient is never formed: A (rank, in) and B (out, rank) need products with rank columns."""
 
     @staticmethod
-    def forward(ctx, x, weight, A, B, scale):
+    def forward(ctx, x, weight, bias, A, B, scale):
         ctx.save_for_backward(x, weight, A, B)
         ctx.scale = scale
-        return x @ merge(weight, A, B, scale).T
+        return F.linear(x, merge(weight, A, B, scale), bias)  # bias in it: bfloat16 rounds once
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, A, B = ctx.saved_tensors
         grad_x = grad @ merge(weight, A, B, ctx.scale)
-        x, grad = x.flatten(0, -2), ctx.scale * grad.flatten(0, -2)  # (T, in), (T, out)
-        return grad_x, None, (grad @ B).T @ x, grad.T @ (x @ A.T), None
+        x, grad = x.flatten(0, -2), grad.flatten(0, -2)  # (T, in), (T, out)
+        return grad_x, None, None, (grad @ (ctx.scale * B)).T @ x, grad.T @ (x @ (ctx.scale * A).T), None
 
 
 class LoRALinear(torch.nn.Module):
@@ -319,14 +325,14 @@ class LoRALinear(torch.nn.Module):
     def forward(self, x):
         if not self.on:
             return F.linear(x, self.weight, self.bias)
-        y = MergedLinear.apply(x, self.weight, self.lora_A, self.lora_B, self.scale)
-        return y if self.bias is None else y + self.bias
+        return MergedLinear.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
 
 
 def add_adapters(policy, dtype, rank, alpha):
     """Freezes the policy, in dtype, and has every linear layer of its language model train two float32
     matrices."""
     policy.requires_grad_(False).to(dtype)
+    policy.lora = rank, alpha
     for layer in policy.language_model.layers:
         linears = [name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)]
         for name in linears:
@@ -369,7 +375,7 @@ def peak_gb(device):
 # ------------------------------------------------------------------------------------------------------------
 # loading
 
-def full_name(name):
+def name_in_memory(name):
     """A tensor's name in transformers' memory, from that in a checkpoint (of Qwen2-VL and Qwen2.5-VL on the
     hub: 'visual...', 'model.layers...') or in a Policy ('visual...', 'language_model...')."""
     if name.startswith(("lm_head.", "model.language_model.", "model.visual.")):
@@ -409,7 +415,7 @@ def open_weights(folder):
     where = {}
     for path in sorted(pathlib.Path(folder).glob("*.safetensors")):
         file = safe_open(path, "pt")
-        where |= {full_name(name): (file, name) for name in file.keys()}
+        where |= {name_in_memory(name): (file, name) for name in file.keys()}
     if not where:
         raise UserError(f"model: no *.safetensors in {folder}")
     return where
@@ -421,7 +427,7 @@ def fill(module, weights, folder, prefix=""):
     keeps its shard of it, so no process ever holds the whole model. Adapters are new."""
     generator = torch.Generator().manual_seed(0)  # of the adapters, the same on every rank
     for name, parameter in module.named_parameters():
-        name = full_name(prefix + name)
+        name = name_in_memory(prefix + name)
         if name.endswith(("lora_A", "lora_B")):
             full = new_adapter(name, parameter.shape, generator)
         elif name not in weights:
@@ -456,10 +462,10 @@ def load_policy(folder, world, dtype, banned_ids, train_llm=True, train_connecto
 
     master=True keeps float32 weights and computes in dtype: an AdamW step of 1e-6 is lost in bfloat16
     weights. master=False keeps dtype alone (the reference). Gradients are summed over ranks in float32.
-    lora_rank > 0 trains adapters of that rank in the place of the language model, which keeps dtype alone.
+    lora_rank > 0 trains adapters instead of the language model, whose weights are then kept in dtype alone.
 
-    Weights are sharded over the processes of a node, and every node has them all: between nodes go only the
-    gradients of its shards, once a backward."""
+    Weights are sharded over the processes of a node, and every node has them all: what goes between nodes is
+    gradients, each process's shard of them once a backward."""
     config, weights = load_config(folder), open_weights(folder)
     with torch.device("meta"):  # shapes and no storage
         hf = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation={
@@ -496,9 +502,9 @@ def load_policy(folder, world, dtype, banned_ids, train_llm=True, train_connecto
 # full weights, for the engine and for checkpoints
 
 def gather_weights(policy, dtype, trained_only=True):
-    """Yields (name, full tensor in dtype on this device), adapters merged into their weights. A collective:
-    every rank must run it to its end. A tied head is named too: an engine that keeps it apart would go on
-    with the old one, silently."""
+    """Yields (name, full tensor in dtype on this device), adapters merged into their weights; with adapters
+    of all the language model, as an engine wants a part whole. A tied head is named too: an engine that keeps
+    it apart would go on with the old one, silently. A collective: every rank must run it to its end."""
     policy.reshard()  # after a forward without backward the root lies gathered, rounded to the compute dtype
     adapted = {f"{name}.weight": module for name, module in policy.named_modules()
                if isinstance(module, LoRALinear)}
@@ -509,6 +515,6 @@ def gather_weights(policy, dtype, trained_only=True):
         if (module := adapted.get(name)) is not None:
             full = merge(full, module.lora_A.detach().full_tensor(), module.lora_B.detach().full_tensor(),
                          module.scale)
-        yield full_name(name), full
+        yield name_in_memory(name), full
         if policy.lm_head is None and name == "language_model.embed_tokens.weight":
             yield "lm_head.weight", full

@@ -5,7 +5,8 @@
     engine.load_weights(named_tensors)                           # names as in model.py, full tensors
 
 HFEngine (here): each process samples its own rows with its own unsharded copy of the model; for small models.
-VLLMEngine (rollout_vllm.py): each node has one vLLM, on the GPU after the training ones.
+VLLMEngine (rollout_vllm.py): each node has one vLLM, on the GPU after the training ones or, where there is
+only one, sharing it.
 
 All methods are collective: every rank calls them in the same order, with rows of its own (none is fine). Both
 engines sample from softmax(logits / temperature) over the ids that are not banned, cut to the top_p nucleus,
@@ -24,7 +25,7 @@ from transformers import AutoModelForImageTextToText
 from configurator import UserError
 from data import Completion, request_seed
 from distributed import all_sum
-from model import encode, full_name, make_sequence, place_features, response_logprobs
+from model import encode, name_in_memory, make_sequence, place_features, response_logprobs
 from rollout_vllm import VLLMEngine
 
 MAX_LOGPROB_DIFF = 0.1  # nats a token: more before the first step, and the run is stopped
@@ -60,7 +61,8 @@ def check_parity(engine, policy, visual, dataset, world, sampling, max_tokens):
         print(f"before the first step: rollout/logprob_diff {total / count:.1e} nats a token", flush=True)
     if not total / count <= MAX_LOGPROB_DIFF:
         raise UserError(f"trainer and engine disagree by over {MAX_LOGPROB_DIFF} nats a token: check the "
-                        "engine's dtype, the versions in requirements.txt, that both read one model folder")
+                        "engine's dtype, the versions in requirements.txt, that both read one model folder, "
+                        "what a fork changed")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -82,14 +84,14 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-def advance(text, embeds, positions, bias, cache, start, slots=None, deeper=()):
+def advance(text, embeds, positions, bias, cache, start, slots=None, deepstack=()):
     """The last of n new tokens' hidden states, (B, H); their keys and values go to columns start .. start + n
     of the cache. embeds (B, n, H); positions (3, B, n) M-RoPE; bias (B, 1, 1 or n, start + n) is added to the
-    attention's scores: 0 where a token sees a column. slots, deeper: Qwen3-VL's, see place_features."""
+    attention's scores: 0 where a token sees a column. slots, deepstack: see model.place_features."""
     B, n, _ = embeds.shape
     x, end = embeds, start + n
     cos, sin = (part[:, :, None] for part in text.rotary_emb(x, positions))  # of all layers
-    for layer, kv, added in itertools.zip_longest(text.layers, cache, deeper):
+    for layer, kv, added in itertools.zip_longest(text.layers, cache, deepstack):
         attention, y = layer.self_attn, layer.input_layernorm(x)
         q, k, v = (project(y).view(B, n, -1, attention.head_dim)
                    for project in (attention.q_proj, attention.k_proj, attention.v_proj))
@@ -136,12 +138,11 @@ class HFEngine:
         self.banned_ids = torch.tensor(banned_ids, dtype=torch.int64, device=world.device)
         # duplicates kept: a tied lm_head.weight comes by its own name into the embedding's storage
         parameters = self.model.named_parameters(remove_duplicate=False)
-        self.parameters = {full_name(name): parameter for name, parameter in parameters}
+        self.parameters = {name_in_memory(name): parameter for name, parameter in parameters}
 
     def start(self, dataset, rows, seeds, sampling, queries=None):
-        """Keeps the request: this engine samples in the caller's process, so not before collect. queries:
-        {row: Query}
-    of the caller, so that no picture is read twice, nor encoded twice by a frozen tower."""
+        """Keeps the request: this engine samples in the caller's process, so not before collect. queries: the
+        caller's {row: Query}, so that no picture is read twice, nor encoded twice by a frozen tower."""
         self.request = dataset, rows, seeds, sampling, queries
 
     def collect(self):
@@ -200,8 +201,8 @@ class HFEngine:
         for part in (slice(i, i + few) for i in range(0, B, few)):
             hide, room = torch.minimum(bias[part, ..., :Q], causal), [kv[:, part] for kv in cache]
             features = [f for query in different[part] for f in query.features]
-            embeds, deeper = place_features(text.embed_tokens(ids[part]), slots[part], features)  # (b, Q, H)
-            hidden.append(advance(text, embeds, positions[:, part], hide, room, 0, slots[part], deeper))
+            embeds, deepstack = place_features(text.embed_tokens(ids[part]), slots[part], features)
+            hidden.append(advance(text, embeds, positions[:, part], hide, room, 0, slots[part], deepstack))
 
         # the responses: row says which request each line of the shrinking batch is
         line = torch.tensor([number[id(query)] for query in queries], device=self.device)

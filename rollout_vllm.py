@@ -5,9 +5,11 @@ This file is both ends of two pipes. VLLMEngine stands in the trainer: a node's 
 
     ["sample", rows, pixels, sampling]   the answer, a line of JSON too, is what collect takes apart
     ["load_weights"]                     then each tensor, a line [name, dtype, shape] and its bytes (on a
-                                         GPU by NCCL), then []; answered once vLLM samples from them
+                                         GPU of its own by NCCL), then []; answered once vLLM has them
 
 Pictures do not travel, the server opens them itself. It dies with its parent, and an error of vLLM's ends it.
+Where a machine's only GPU trains, the server shares it: it opens first, and once it has opened or sampled it
+sleeps, its weights in the host's memory, its cache nowhere, until a request needs the one or the other.
 """
 import ctypes
 import importlib.util
@@ -35,20 +37,22 @@ PARTS = (tuple(f"model.visual.{name}" for name in CONNECTOR), "model.visual.", "
 
 class VLLMEngine:
     """One vLLM a node. Its methods are collectives; once the server has died, they raise on all its ranks.
-    The constructor does not wait for vLLM, which starts while the trainer loads; if it fails, the first use
-    says so. trains: whether this process trains; else vLLM may have its GPU."""
+    The constructor waits for vLLM only where it shares the GPU; else vLLM starts while the trainer loads, and
+    if that fails, the first use says so. trains: whether this process trains; else vLLM may have its GPU."""
 
     def __init__(self, model_dir, dtype, world, eos_ids, banned_ids, max_model_len, gpu_memory_utilization,
                  trains=True):
         if importlib.util.find_spec("vllm") is None:
             raise UserError("rollout=vllm: no vLLM; pip install -r requirements-vllm.txt or set --rollout=hf")
         self.group, self.leader, self.device = world.node_group, world.local_rank == 0, world.device
+        self.shared = trains and shares_gpu(world)
         self.dtype = str(dtype).removeprefix("torch.")
         self.names = {*open_weights(model_dir), "lm_head.weight"}  # the head also where it is tied
         self.dataset = self.nccl = None  # whose rows are being sampled; the group that weights travel in
         if self.leader:
             settings = dict(model_dir=model_dir, dtype=self.dtype, eos_ids=eos_ids, banned_ids=banned_ids,
-                            max_model_len=max_model_len, gpu_memory_utilization=gpu_memory_utilization)
+                            max_model_len=max_model_len, gpu_memory_utilization=gpu_memory_utilization,
+                            shared=self.shared)
             libc = ctypes.CDLL(None)  # here: between fork and exec it is too late
             self.stderr = tempfile.TemporaryFile()
             self.server = subprocess.Popen(
@@ -56,6 +60,9 @@ class VLLMEngine:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr,
                 start_new_session=True,  # Ctrl-C is for the trainer, which finishes its step first
                 preexec_fn=lambda: libc.prctl(1, signal.SIGKILL))  # PR_SET_PDEATHSIG: it ends when we do
+        if self.shared:  # vLLM measures what is free: nobody else may allocate meanwhile
+            self.tell("sleep")
+            self.answer()
 
     def tell(self, *request, data=b""):
         """Sends a request to the server. On the leader."""
@@ -108,6 +115,8 @@ class VLLMEngine:
         self.seeds = {}  # row -> its seeds, those of the first rank first
         for row, seed in sum(self.shares, []):
             self.seeds.setdefault(row, []).append(seed)
+        if self.shared:
+            torch.cuda.empty_cache()  # what torch only keeps for later is the server's now
         if self.leader:
             self.tell("sample", [(dataset.prompt(row), dataset.samples[row].images, several)
                                  for row, several in self.seeds.items()], dataset.pixels, sampling)
@@ -130,9 +139,11 @@ class VLLMEngine:
         then, and the run should end."""
         assert self.dataset is None, "the engine is sampling: collect first"
         if self.leader:
-            if self.device.type == "cuda" and self.nccl is None:
+            if self.device.type == "cuda" and self.nccl is None and not self.shared:  # NCCL: a rank a GPU
                 self.nccl = self.meet()
             self.tell("load_weights")
+        if self.shared:
+            torch.cuda.empty_cache()
         names = set()
         for name, tensor in named_tensors:  # a collective of its own: run to its end
             names.add(name)
@@ -163,15 +174,20 @@ class VLLMEngine:
         return trainer_init(meeting)
 
 
+def shares_gpu(world):
+    """Whether vLLM has to sample on the GPU that trains, the only one."""
+    return world.device.type == "cuda" and torch.cuda.device_count() == world.local_world_size == 1
+
+
 def engine_environment(world, trains):
-    """The server's. Its GPU is the one after the node's processes or, if none trains, the first of them."""
+    """The server's. Its GPU: the one after the node's processes; the first if none trains, or if shared."""
     values = {name: value for name, value in os.environ.items() if not name.startswith(TORCHRUN)}
     values = dict(VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_KVCACHE_SPACE="2") | values  # the latter in GiB
     values |= dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")  # stats go to its makers
     if world.device.type == "cpu":
         return values | dict(TORCH_COMPILE_DISABLE="1")  # compiling takes 20 s and a C++ compiler
     count, needed = torch.cuda.device_count(), world.local_world_size
-    if trains and count <= needed:
+    if trains and count <= needed and not shares_gpu(world):
         raise UserError(f"rollout=vllm needs a GPU for vLLM after the {needed} that train, but {count} are "
                         "there; lower torchrun's --nproc_per_node or use --rollout=hf")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
@@ -181,14 +197,16 @@ def engine_environment(world, trains):
 class Server:
     """vLLM in this process. A method for each request; what it returns, if anything, is the answer."""
 
-    def __init__(self, model_dir, dtype, eos_ids, banned_ids, max_model_len, gpu_memory_utilization):
+    def __init__(self, model_dir, dtype, eos_ids, banned_ids, max_model_len, gpu_memory_utilization, shared):
         from vllm import LLM
         self.eos_ids, self.banned_ids, self.nccl = eos_ids, banned_ids, None
+        self.shared, self.asleep = shared, set()  # asleep: the parts of vLLM's memory that it has given away
         # no prompt in pieces on a CPU: a request with a seed then fails ("CPU Generator does not use offset")
         settings = dict(enforce_eager=True, enable_chunked_prefill=False, enable_prefix_caching=False,
                         max_num_batched_tokens=max(8192, max_model_len))
         if torch.cuda.is_available():
-            settings = dict(gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=True)
+            settings = dict(gpu_memory_utilization=gpu_memory_utilization, enable_prefix_caching=True,
+                            enable_sleep_mode=shared)
         vision = load_config(model_dir).vision_config
         token = (vision.patch_size * vision.spatial_merge_size)**2  # its pixels
         self.llm = LLM(
@@ -199,10 +217,24 @@ class Server:
             # pictures come at their final size: any bounds that let them through as they are
             mm_processor_kwargs=dict(size=dict(shortest_edge=token, longest_edge=token * max_model_len)))
 
+    def sleep(self):
+        """vLLM gives its memory on a shared GPU away, until wake."""
+        if self.shared:
+            self.llm.sleep(level=1)  # level 2 would forget the weights, and a frozen tower's never come again
+            self.asleep = {"weights", "kv_cache"}
+        return "asleep"
+
+    def wake(self, *tags):
+        """Takes back those of these parts that sleep gave away."""
+        if needed := [tag for tag in tags if tag in self.asleep]:
+            self.llm.wake_up(tags=needed)
+            self.asleep -= set(needed)
+
     def sample(self, rows, pixels, sampling):
         """rows: [(prompt, paths of pictures, seeds), ...] -> [(prompt ids, [response, ...]), ...].
         Requests of one row stand side by side, so that its pictures are encoded once."""
         from vllm import SamplingParams
+        self.wake("weights", "kv_cache")
         temperature, top_p, max_new_tokens = Sampling(*sampling)
         common = dict(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, top_k=0, min_p=0.0,
                       repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, ignore_eos=True,
@@ -218,6 +250,7 @@ class Server:
         for _, _, seeds in rows:
             several = [next(outputs) for _ in seeds]
             answer.append((several[0].prompt_token_ids, [self.response(*each.outputs) for each in several]))
+        self.sleep()
         return answer
 
     def response(self, output):
@@ -231,6 +264,7 @@ class Server:
 
     def load_weights(self):
         """The tensors that come take their places; everything computed from the old ones is dropped."""
+        self.wake("weights")
         self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=self.tensors()))
         self.llm.llm_engine.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()

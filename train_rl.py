@@ -13,7 +13,6 @@ The four steps and the objective are MAYE's (arXiv 2504.02587). Departures from 
 """
 import collections
 import math
-import os
 import time
 
 import torch
@@ -87,7 +86,7 @@ train_connector = False  # True trains the merger between tower and language mod
 train_vit = False  # True trains the vision tower
 dtype = "auto"  # of compute: 'float32', 'bfloat16', or 'auto' (bfloat16 on GPU, float32 on CPU)
 activation_checkpointing = True  # True recomputes each layer in backward: less memory, a third more compute
-lora_rank = 0  # > 0: not the language model is trained but adapters of this rank, at ten times the rate
+lora_rank = 0  # > 0: LoRA, adapters of this rank are trained; wants a 5 to 10 times larger learning_rate
 lora_alpha = 32  # adapters count lora_alpha / lora_rank times
 # what is written
 eval_every_epochs = 1.0  # evaluate after so many (0.25: 4 times in each), and before and after all; 0 = never
@@ -150,6 +149,8 @@ def step_line(m, steps):
 
 if __name__ == "__main__":
     config = configure(globals())  # config files and flags over the knobs above
+    world = start()  # before the checks: then what is wrong on one node alone ends the others too
+    is_main, device, world_size = world.rank == 0, world.device, world.world_size
     # --- checks and data before the model, so that a mistake costs seconds
     check_trainer(config)  # what both trainers check
     check_at_least(config, 1, "minibatch_size", "samples_per_query", "ppo_epochs")
@@ -160,7 +161,6 @@ if __name__ == "__main__":
     one_of(config, "kl_estimator", "k1", "k2", "k3")
     one_of(config, "old_logprobs_from", "trainer", "engine")
     one_of(config, "correction", "none", "truncate", "mask")
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
     responses_per_step = batch_size * samples_per_query  # each rank gets whole queries in whole minibatches
     if responses_per_step % minibatch_size or minibatch_size % (samples_per_query * world_size):
         raise UserError(f"config: {minibatch_size=} must divide batch_size * samples_per_query, "
@@ -186,8 +186,7 @@ if __name__ == "__main__":
     minibatch_per_rank = minibatch_size // world_size
 
     # --- engine, policy, reference, optimizer
-    world, stop = start(), Stop()
-    is_main, device = world.rank == 0, world.device
+    stop = Stop()
     precision = compute_dtype(dtype, device)
     # banned: vision tokens, which neither engine samples, and which are outside the policy's distribution too
     eos_ids, banned_ids = special_token_ids(tokenizer, folder)
@@ -209,9 +208,7 @@ if __name__ == "__main__":
     optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay,
                                   fused=True)
     # --- a run that goes on takes weights, moments and step from out_dir's newest checkpoint
-    first_step = 1
-    if init_from == "resume":
-        first_step += load_trainer(out_dir, policy, optimizer, lora_alpha)
+    first_step = 1 + (load_trainer(out_dir, policy, optimizer) if init_from == "resume" else 0)
     logs = Logs(config, first_step, is_main)
     if is_main:
         print(f"{len(train)} queries, {steps_per_epoch} steps an epoch; steps {first_step} to {steps}, each "
@@ -333,6 +330,7 @@ if __name__ == "__main__":
                 totals = all_sum(torch.stack(list(sums.values()))).tolist()
                 updates.append({**dict(zip(sums, totals)), "grad_norm": norm, "lr": lr})
         t_update = time.perf_counter()
+        del queries, sequences  # their features: on a shared GPU the engine needs the memory
         if not in_flight:
             engine.load_weights(gather_weights(policy, precision))
         t_sync = time.perf_counter()
@@ -353,8 +351,7 @@ if __name__ == "__main__":
             epoch = step / steps_per_epoch
             evaluate_all(engine, eval_sets, step, epoch, max_new_tokens, seed, world, logs, save_samples)
         if stop.agreed() or save_due:
-            save_checkpoint(out_dir, step, policy, visual, optimizer, folder, precision, keep_checkpoints,
-                            lora_alpha)
+            save_checkpoint(out_dir, step, policy, visual, optimizer, folder, precision, keep_checkpoints)
         if stop.exit_status:
             break
     engine.close()

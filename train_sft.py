@@ -8,7 +8,6 @@ The loss is the mean of -log p over the batch's solution tokens, EOS included: a
 paper shipped no code of its baseline; batch, learning rate and schedule are its appendix's.
 """
 import math
-import os
 import time
 
 import torch
@@ -51,7 +50,7 @@ train_connector = False  # True trains the merger between tower and language mod
 train_vit = False  # True trains the vision tower
 dtype = "auto"  # of compute: 'float32', 'bfloat16', or 'auto' (bfloat16 on GPU, float32 on CPU)
 activation_checkpointing = True  # True recomputes each layer in backward: less memory, a third more compute
-lora_rank = 0  # > 0: not the language model is trained but adapters of this rank, at ten times the rate
+lora_rank = 0  # > 0: LoRA, adapters of this rank are trained; wants a 5 to 10 times larger learning_rate
 lora_alpha = 32  # adapters count lora_alpha / lora_rank times
 # evaluation and what is written
 rollout = "vllm"  # 'vllm' or 'hf': what samples the evaluation's responses
@@ -68,8 +67,9 @@ logger = "none"  # 'none', 'tensorboard' (out_dir/tensorboard) or 'wandb' (offli
 
 if __name__ == "__main__":
     config = configure(globals())
+    world = start()
+    is_main, device, world_size = world.rank == 0, world.device, world.world_size
     check_trainer(config)  # and data before the model, so that a mistake costs seconds
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % world_size:
         raise UserError(f"config: batch_size must be a multiple of {world_size} processes, got {batch_size}")
     folder = local_folder(model)
@@ -83,8 +83,7 @@ if __name__ == "__main__":
     steps = max_steps or epochs * steps_per_epoch
     eval_every_steps = max(1, round(eval_every_epochs * steps_per_epoch))
 
-    world, stop = start(), Stop()
-    is_main, device = world.rank == 0, world.device
+    stop = Stop()
     precision = compute_dtype(dtype, device)
     stored = precision if save_dtype == "auto" else compute_dtype(save_dtype, device)
     eos_ids, banned_ids = special_token_ids(tokenizer, folder)
@@ -98,9 +97,7 @@ if __name__ == "__main__":
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay,
                                   fused=True)
-    first_step = 1
-    if init_from == "resume":
-        first_step += load_trainer(out_dir, policy, optimizer, lora_alpha)
+    first_step = 1 + (load_trainer(out_dir, policy, optimizer) if init_from == "resume" else 0)
     logs = Logs(config, first_step, is_main)
     if is_main:
         print(f"{len(train)} rows, {steps_per_epoch} updates of {batch_size} rows an epoch, {steps} updates; "
@@ -157,8 +154,7 @@ if __name__ == "__main__":
         if engine and (step == steps or step % eval_every_steps == 0):
             evaluate_now(step)
         if stop.agreed() or step == steps or (save_every_steps and step % save_every_steps == 0):
-            save_checkpoint(out_dir, step, policy, visual, optimizer, folder, stored, keep_checkpoints,
-                            lora_alpha)
+            save_checkpoint(out_dir, step, policy, visual, optimizer, folder, stored, keep_checkpoints)
         if stop.exit_status:
             break
     if engine:
