@@ -6,14 +6,18 @@ import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded: a slip is an error, not a wait
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads that wait for each other cost more here
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU machine too: the figures are those of float32 on a CPU
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
+import distributed  # noqa: E402
+from data import Dataset, load_processor  # noqa: E402
 from tiny import make_tiny  # noqa: E402
 
 
@@ -21,12 +25,6 @@ from tiny import make_tiny  # noqa: E402
 def tiny_model_dir(tmp_path_factory):
     """A random Qwen2.5-VL of some 60k parameters, tied embeddings, in the hub's format."""
     return make_tiny(tmp_path_factory.mktemp("tiny") / "qwen2_5_vl", "qwen2_5_vl", tied=True)
-
-
-@pytest.fixture(scope="session")
-def tiny_qwen2_dir(tmp_path_factory):
-    """A random Qwen2-VL, untied embeddings."""
-    return make_tiny(tmp_path_factory.mktemp("tiny") / "qwen2_vl", "qwen2_vl", tied=False)
 
 
 @pytest.fixture(scope="session")
@@ -63,3 +61,16 @@ def mixed_jsonl(tmp_path_factory):
     """8 problems with one, none and three pictures, of different sizes: the path of the jsonl."""
     rows = [[(84, 84)], [], [(56, 140), (84, 84), (112, 56)], [(112, 84)]]
     return problems(tmp_path_factory.mktemp("mixed_data"), rows * 2)
+
+
+@pytest.fixture(scope="session")
+def mixed(tiny_model_dir, mixed_jsonl):
+    """Those as a Dataset, for the tiny model."""
+    return Dataset(mixed_jsonl, *load_processor(tiny_model_dir), 3136, 28224, 512)
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A process group of one."""
+    yield distributed.start()
+    torch.distributed.destroy_process_group()

@@ -1,15 +1,8 @@
 r"""
 Hostile texts for the judge, the same ones for the same seed: each would hang, crash, fill the memory of, run
 in, or reach the disk through a judge that trusts it, and none is the answer to a problem here (GOLDS).
-
-    python tests/hostile.py            # judges 1,000; prints time, verdicts and memory of each kind
 """
-import collections
-import pathlib
 import random
-import resource
-import sys
-import time
 
 GOLDS = "20", r"5\sqrt{3}", r"\frac{\pi a^2}{4}", "x^2+y^2=4", "(3,-4)", "B"
 BIG = 10**6
@@ -92,20 +85,3 @@ def responses(count=1000, seed=0):
             seen.add(text)
             made.append((kind, text))
     return made[:count]
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-    import reward
-    corpus, begin = responses(), time.perf_counter()
-    for kind in dict.fromkeys(kind for kind, _ in corpus):
-        pairs = [(text, GOLDS[i % len(GOLDS)]) for i, (k, text) in enumerate(corpus) if k == kind]
-        start = time.perf_counter()
-        verdicts = reward.judge_batch(pairs)
-        errors = collections.Counter(verdict.error for verdict in verdicts)
-        print(f"{kind:>7}: {len(pairs):4} in {time.perf_counter() - start:.1f} s; {errors['timeout']} late,",
-              f"{errors['unreadable']} unreadable, {sum(verdict.correct for verdict in verdicts)} right")
-    seconds = time.perf_counter() - begin
-    reward.servers.pop().communicate()      # its end, so that its memory is counted
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    print(f"{len(corpus)} in {seconds:.1f} s, {reward.WORKERS} workers; largest process {peak:.2f} GB")

@@ -19,22 +19,19 @@ kind, argument = os.environ["NANOMAYE_HOOK"].split(":")
 weights = []  # before each update
 
 
-def record(parameters, max_norm):
-    """The gradient of the first update goes to a file."""
-    if not weights:
+def hooked_clip(parameters, max_norm):
+    """Called before each update. not_finite says whether the one before changed the weights."""
+    weights.append(torch.cat([p.detach().to_local().flatten() for p in parameters]))
+    if kind == "record" and len(weights) == 1:  # the gradient goes to a file
         gradients = {str(i): p.grad.full_tensor().contiguous() for i, p in enumerate(parameters)}
         if torch.distributed.get_rank() == 0:
             save_file(gradients, argument)
-    weights.append(None)
-    return clip(parameters, max_norm)
-
-
-def infinite_gradient(parameters, max_norm):
-    """Update 4 has one. Before each update it is said whether the one before changed the weights."""
-    weights.append(torch.cat([p.detach().to_local().flatten() for p in parameters]))
-    print(f"HOOK {len(weights) - 1}", not torch.equal(weights[-1], weights[-2:][0]), flush=True)
-    if len(weights) == 4:
-        parameters[0].grad.to_local().view(-1)[0] = torch.inf
+    if kind == "terminate" and len(weights) == int(argument):
+        os.kill(os.getpid(), signal.SIGTERM)
+    if kind == "not_finite":
+        print(f"HOOK {len(weights) - 1}", not torch.equal(weights[-1], weights[-2:][0]), flush=True)
+        if len(weights) == 4:
+            parameters[0].grad.to_local().view(-1)[0] = torch.inf
     return clip(parameters, max_norm)
 
 
@@ -44,27 +41,17 @@ def nan_loss(*args, **kwargs):
     return (logprobs * torch.nan if torch.is_grad_enabled() and len(weights) == 2 else logprobs), entropy
 
 
-def terminate(parameters, max_norm):
-    """The process gets a SIGTERM in the update that argument counts."""
-    weights.append(None)
-    if len(weights) == int(argument):
-        os.kill(os.getpid(), signal.SIGTERM)
-    return clip(parameters, max_norm)
-
-
 def flat_positions(query, response_ids):
     """The trainer's positions are one-dimensional, as in the paper's code."""
     sequence = make_sequence(query, response_ids)
     return sequence._replace(positions=torch.arange(len(sequence.ids)).expand(3, -1))
 
 
-CLIP = torch.nn.utils, "clip_grad_norm_"
-HOOKS = {"record": [(*CLIP, record)], "terminate": [(*CLIP, terminate)],
-         "not_finite": [(*CLIP, infinite_gradient), (model.Policy, "forward", nan_loss)],
-         "flat": [(model, "make_sequence", flat_positions)]}
-
 if __name__ == "__main__":
-    for hook in HOOKS[kind]:
-        setattr(*hook)
+    torch.nn.utils.clip_grad_norm_ = hooked_clip
+    if kind == "not_finite":
+        model.Policy.forward = nan_loss
+    if kind == "flat":
+        model.make_sequence = flat_positions
     sys.argv = sys.argv[1:]
     runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")

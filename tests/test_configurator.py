@@ -3,14 +3,13 @@ import json
 import os
 import pathlib
 import runpy
-import subprocess
 import sys
 from importlib.metadata import version
 
 import pytest
 
-import configurator
 from configurator import UserError, configure, save_config
+from test_reward import run
 
 SCRIPT = '''"""A script."""
 import math
@@ -53,12 +52,9 @@ def resolve(tmp_path, monkeypatch):
 @pytest.mark.parametrize("argv, expected", [
     (["--run_name=a=b"], {"run_name": "a=b"}), (["--run_name="], {"run_name": ""}),
     (["--run_name", "it's b"], {"run_name": "it's b"}), (["--run_name=--x"], {"run_name": "--x"}),
-    ([], {}), (["--run_name=2024"], {"run_name": "2024"}),
-    (["--batch_size=1e3"], {"batch_size": 1000}), (["--batch_size=7*16"], {"batch_size": 112}),
-    (["--batch_size=9007199254740993"], {"batch_size": 9007199254740993}),
-    (["--offset", "-7"], {"offset": -7}), (["--learning_rate", "-1e-4"], {"learning_rate": -1e-4}),
-    (["--learning_rate=1"], {"learning_rate": 1.0}), (["--dry_run=false"], {"dry_run": False}),
-    (["--dry_run=true"], {"dry_run": True}), (["--dry_run", "TRUE"], {"dry_run": True})])
+    (["--batch_size=1e3"], {"batch_size": 1000}), (["--offset", "-7"], {"offset": -7}),
+    (["--batch_size=9007199254740993"], {"batch_size": 9007199254740993}), ([], {}),
+    (["--learning_rate=1"], {"learning_rate": 1.0}), (["--dry_run", "TRUE"], {"dry_run": True})])
 def test_knobs_are_the_lower_case_names_between_the_rules_set_by_flags_in_both_ways(resolve, argv, expected):
     config = resolve(*argv)
     assert repr(config) == repr(DEFAULTS | expected)     # repr tells 1.0 from 1
@@ -74,11 +70,10 @@ def test_flags_win_over_files_and_later_files_over_earlier_ones(resolve):
 
 @pytest.mark.parametrize("argument, message", [
     *[(f"--{key}=1", f"unknown knob {key}, did you mean {near}?") for key, near in [
-        ("lerning_rate", "learning_rate"), ("batch-size", "batch_size"), ("other", "--help"),
-        ("math", "--help"), ("later", "--help"), ("UPPER", "--help")]],
+        ("lerning_rate", "learning_rate"), ("other", "--help"), ("later", "--help"), ("UPPER", "--help")]],
     *[(f"--{key}={got}", f"{key} must be {WANTED[key]}, got '{got}'") for key, got in [
         ("batch_size", "12.5"), ("batch_size", "True"), ("batch_size", ""), ("dry_run", "1"),
-        ("learning_rate", "fast"), ("learning_rate", "nan"), ("learning_rate", "-1e999")]],
+        ("learning_rate", "1e309-1e309"), ("learning_rate", "-1e999")]],
     ("--run_name --offset=1", "run_name needs a value, --run_name=..."),
     ("--offset=1 --offset", "offset needs a value, --offset=..."),
     ("--offset=1 --offset 2", "offset is set twice, keep one")])
@@ -89,13 +84,12 @@ def test_messages_of_the_command_line(resolve, argument, message):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("import os", "unknown knob import os, did you mean --help?"),
     ("open('ran', 'w')", "unknown knob open('ran', 'w'), did you mean --help?"),
     ("offset += 1", "unknown knob offset += 1, did you mean offset?"),
     *[(f"{key} = {got}", f"{key} must be {WANTED[key]}, got {got}") for key, got in [
         ("batch_size", "'8'"), ("dry_run", "'True'"), ("run_name", "5"), ("offset", "2 ** 3"),
         ("offset", "1 // 0"), ("offset", "batch_size = 1"), ("learning_rate", "1" + "0" * 400),
-        ("learning_rate", "1e309 - 1e309"), ("run_name", "open('ran', 'w').name"), ("run_name", "f'{1}'")]]])
+        ("run_name", "open('ran', 'w').name")]]])
 def test_messages_of_a_config_file_which_never_runs(resolve, text, message):
     with pytest.raises(UserError) as error:
         resolve(config_file(text))
@@ -135,9 +129,8 @@ def test_the_resolved_block_is_printed_on_rank_0_only(resolve, capsys, monkeypat
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("config", [
-    {"run_name": "a'\"\\\n\0\udcff é", "learning_rate": 0.1 + 0.2, "dry_run": True, "offset": -2**63},
-    {"run_name": "", "learning_rate": -0.0}, {"learning_rate": 5e-324}, {"learning_rate": -1.7e308}])
+@pytest.mark.parametrize("config", [{"learning_rate": -0.0}, {
+    "run_name": "a'\"\\\n\0\udcff é", "learning_rate": 0.1 + 0.2, "dry_run": True, "offset": -2**63}])
 def test_a_saved_config_repeats_the_run_exactly(resolve, monkeypatch, config):
     monkeypatch.setattr(sys, "argv", ["train.py", "--run_name=a\noffset = 77"])
     save_config(DEFAULTS | config, "out/run/config.py")
@@ -147,14 +140,11 @@ def test_a_saved_config_repeats_the_run_exactly(resolve, monkeypatch, config):
 
 
 def test_a_user_error_is_its_message_and_status_2_also_under_torchrun(resolve):
-    def run(argument, **environment):
-        environment = os.environ | environment | {"PYTHONPATH": os.path.dirname(configurator.__file__)}
-        command = [sys.executable, "train.py", argument]
-        return subprocess.run(command, capture_output=True, text=True, env=environment)
     message = "command line: unknown knob lerning_rate, did you mean learning_rate?\n"
-    mistyped, crash = run("--lerning_rate=1"), run("--run_name=crash")
+    mistyped, crash = (run("train.py", flag, folder=".") for flag in ("--lerning_rate=1", "--run_name=crash"))
     assert (mistyped.returncode, mistyped.stderr) == (2, message)
     assert crash.returncode == 1 and "Traceback" in crash.stderr and "AssertionError" in crash.stderr
-    assert run("--lerning_rate=1", TORCHELASTIC_ERROR_FILE="error.json").returncode == 2
+    under_torchrun = run("train.py", "--lerning_rate=1", folder=".", TORCHELASTIC_ERROR_FILE="error.json")
+    assert under_torchrun.returncode == 2
     recorded = json.loads(pathlib.Path("error.json").read_text())
     assert recorded["message"]["extraInfo"]["py_callstack"].endswith(message)  # which torchrun prints

@@ -68,22 +68,19 @@ def test_good_rows_load_whatever_their_pictures_bom_crlf_blank_lines_and_numbers
 
 
 BAD_ROWS = [  # a row, and what its line says
-    (dict(question=None), "no question"), (dict(answer=None), "no answer"), (dict(id=" "), "no id"),
-    (dict(answer="", id=None), "no id; no answer"), (dict(answer=float("nan")), "no answer"),
+    (dict(question=None), "no question"), (dict(answer=None, id=" "), "no id; no answer"),
     (dict(answer=True), "answer is a bool"), (dict(id=1.5, images="a.png"), "id is a float; images is a str"),
+    (dict(answer=float("nan")), "no answer"),
     (dict(images=["a.png", 2], question="<image><image>"), "images must be a list of paths"),
     (dict(images=["b.png"]), "the first one that of image"),
     (dict(question="<image><image>?"), "the question has 2 <image> for 1 pictures"),
-    (dict(image=None), "the question has 1 <image> for 0 pictures"),
     (dict(question="<image><|image_pad|><|im_end|>"), "tokens in the text: <|im_end|> <|image_pad|>"),
     (dict(question="<image>\ud800?"), "surrogates not allowed"),
     (dict(answer="\\frac{1}{"), r"the judge cannot read the answer '\\frac{1}{'"),
     (dict(image="/etc/hostname"), "path '/etc/hostname' leaves the folder of its file"),
-    (dict(image="images/../../a.png"), "leaves the folder"),
     (dict(image=None, images=["a.png", "../a.png"], question="<image><image>"), "leaves the folder"),
-    (dict(image="b.png"), "No such file or directory: "), (dict(image="."), "Is a directory: "),
-    (dict(image="a\0.png"), "null byte"), (b"{", "Expecting"), (b"[]", "not a JSON object but a list"),
-    (b"\xff{}", "decode"), (b"[" * 100_000, "recursion"), (b'{"id": ' + b"9" * 5000 + b"}", "limit")]
+    (dict(image="b.png"), "No such file or directory: "), (dict(image="a\0.png"), "null byte"),
+    (b"{", "Expecting"), (b"[]", "not a JSON object but a list"), (b"[" * 100_000, "recursion")]
 
 
 def test_bad_rows_are_named_at_once_with_line_and_reason_and_then_counted(tmp_path, processor, monkeypatch):
@@ -185,7 +182,6 @@ def test_final_size_is_one_that_the_image_processor_keeps():
             continue
         kept += 1
         assert qwen2_vl.smart_resize(*size[::-1], 28, low, high) == size[::-1]
-        assert qwen2_vl.smart_resize(*size[::-1], 28, 1, 2 * high) == size[::-1]  # and one with a wider range
     assert kept > 7_000
 
 
@@ -208,13 +204,6 @@ def encoded(image, kind="PNG", **options):
     return file.getvalue()
 
 
-def drawn():
-    """112x56, the left upper quarter red, the rest white."""
-    image = Image.new("RGB", (112, 56), "white")
-    image.paste("red", (0, 0, 56, 28))
-    return image
-
-
 def see(path, content):
     """The picture of a file's content at its final size as int64, after the check said the same size."""
     path.write_bytes(content)
@@ -224,16 +213,17 @@ def see(path, content):
 
 
 def test_every_kind_of_picture_is_shown_upright_in_rgb(tmp_path):
-    blue, exif = Image.new("RGB", (112, 56), "blue"), Image.Exif()
-    shown = [encoded(drawn().convert(mode)) for mode in ("RGB", "P", "RGBA")] + [encoded(drawn(), "BMP")]
-    shown.append(encoded(drawn().convert("CMYK"), "JPEG", quality=95))
-    shown += [encoded(drawn(), kind, save_all=True, append_images=[blue]) for kind in ("GIF", "PNG", "WEBP")]
+    blue, drawn, exif = *(Image.new("RGB", (112, 56), name) for name in ("blue", "white")), Image.Exif()
+    drawn.paste("red", (0, 0, 56, 28))
+    shown = [encoded(drawn.convert(mode)) for mode in ("RGB", "P", "RGBA")] + [encoded(drawn, "BMP")]
+    shown.append(encoded(drawn.convert("CMYK"), "JPEG", quality=95))
+    shown += [encoded(drawn, kind, save_all=True, append_images=[blue]) for kind in ("GIF", "PNG", "WEBP")]
     exif[0x0112] = 6  # as the camera was turned
-    turned = drawn().transpose(Image.Transpose.ROTATE_90)
+    turned = drawn.transpose(Image.Transpose.ROTATE_90)
     shown += [encoded(turned, kind, exif=exif, quality=95) for kind in ("JPEG", "PNG")]
     for content in shown:
         picture = see(tmp_path / "any.name", content)
-        assert picture.shape == (56, 112, 3) and np.abs(picture - np.asarray(drawn())).mean() < 3
+        assert picture.shape == (56, 112, 3) and np.abs(picture - np.asarray(drawn)).mean() < 3
 
 
 def test_transparent_parts_are_white_and_16_bit_grey_is_scaled(tmp_path):
@@ -262,15 +252,14 @@ def test_broken_and_oversized_pictures_are_named(tmp_path, processor, monkeypatc
 
 
 def test_what_is_there_twice_is_warned_of_with_counts(tmp_path, processor, capsys):
-    for name in "bc":
-        Image.new("RGB", (84, 84), (ord(name), 0, 0)).save(tmp_path / f"{name}.png")
+    Image.new("RGB", (84, 84), "red").save(tmp_path / "c.png")
     text = dict(image=None, question="?")
-    train = write(tmp_path, [{}, dict(image="b.png"), text], "train.jsonl")
+    train = write(tmp_path, [{}, text], "train.jsonl")
     shutil.copy(tmp_path / "a.png", tmp_path / "copy.png")
     rows = [dict(image="copy.png"), dict(question="<image>And this?"), dict(image="c.png"), text]
     paths = dict(train=train, validation="", test=write(tmp_path, [*rows, text | dict(question="Another?")]))
     first, others = data.open_datasets(paths, *processor, 3136, 28224, 2048)
-    assert (len(first), {split: len(rows) for split, rows in others.items()}) == (3, {"test": 5})
+    assert (len(first), {split: len(rows) for split, rows in others.items()}) == (2, {"test": 5})
     assert capsys.readouterr().out.splitlines() == [
         "warning: of 5 problems of test, 2 are in train too (question and pictures), "
         "and 2 have a picture of train"]

@@ -17,7 +17,7 @@ import evaluate
 import rollout
 from configurator import UserError
 from conftest import ROOT
-from data import Completion, Dataset, Sampling, load_processor
+from data import Completion, Sampling
 from evaluate import bootstrap, parse_settings, pass_at_k, wilson
 
 PAPER = ((8, 1.0, 1.0), (1, 0.6, 1.0), (1, 0.01, 0.001))
@@ -54,7 +54,7 @@ def test_settings_that_can_be_read():
 @pytest.mark.parametrize("text, said", [
     ("", "none given"), ("pass@1 T=1, pass@1 T=1.0 top_p=1", "of them twice"), ("pass@8/1/8 T=1", "twice"),
     *[(text, f"{text!r} cannot be read: write 'pass@8 T=1 top_p=1'") for text in (
-        "pass@8", "pass@x T=1", "pass@1/ T=1", "pass@1 T=1.1.1", "pass@1 T=-1", "pass@1 T=1 top_k=5")],
+        "pass@8", "pass@1/ T=1", "pass@1 T=1.1.1", "pass@1 T=1 top_k=5")],
     *[(text, f"{text!r}: k from 1, T from 0.01 to 2, top_p above 0 and at most 1") for text in (
         "pass@0 T=1", "pass@1 T=0", "pass@1 T=2.1", "pass@1 T=1 top_p=0", "pass@1 T=1 top_p=1.01")],
     ("pass@0/8 T=1", "k from 1")])
@@ -76,13 +76,8 @@ class Lucky:
                 for text in texts]
 
 
-@pytest.fixture(scope="module")
-def dataset(tiny_model_dir, mixed_jsonl):
-    return Dataset(mixed_jsonl, *load_processor(tiny_model_dir), 28 * 28, 28224, 512)
-
-
 @pytest.fixture
-def ask(dataset, monkeypatch):
+def ask(mixed, monkeypatch):
     """ask(evals, samples_per_problem, ranks): (what the engine was asked, rows, samples)."""
     def act(evals, samples_per_problem=0, ranks=1):
         engine, parts = Lucky(), [[] for _ in range(ranks)]
@@ -90,7 +85,7 @@ def ask(dataset, monkeypatch):
         def rank(i, gather_json):
             monkeypatch.setattr(evaluate, "gather_json", gather_json)
             world = SimpleNamespace(rank=i, world_size=ranks)
-            return evaluate.evaluate(engine, dataset, 16, 7, world, evals, samples_per_problem)
+            return evaluate.evaluate(engine, mixed, 16, 7, world, evals, samples_per_problem)
 
         for i in range(ranks):  # each rank's part of every gathering, then rank 0 again with all of them
             rank(i, lambda obj, i=i: parts[i].append(obj) or [obj])
@@ -99,7 +94,7 @@ def ask(dataset, monkeypatch):
     return act
 
 
-def test_rows_and_samples_do_not_depend_on_the_ranks(ask, dataset):
+def test_rows_and_samples_do_not_depend_on_the_ranks(ask, mixed):
     asked, rows, samples = ask(PAPER)
     assert [len(seeds) for _, seeds, _ in asked] == [64, 8, 8] and len(samples) == 80
     assert len({seed for _, seeds, _ in asked for seed in seeds}) == 80, "no two responses share their luck"
@@ -111,13 +106,13 @@ def test_rows_and_samples_do_not_depend_on_the_ranks(ask, dataset):
         assert sorted(zip(*asked[0][:2])) == sorted(pair for part in parts[::3] for pair in zip(*part[:2]))
     for row in rows:
         mine = [s for s in samples if s["setting"] == row["setting"]]
-        right = [any(s["correct"] for s in mine if s["id"] == sample.id) for sample in dataset.samples]
+        right = [any(s["correct"] for s in mine if s["id"] == sample.id) for sample in mixed.samples]
         assert row["accuracy"] == sum(right) / 8 and row["ci95"] == wilson(sum(right), 8) and row["n"] == 8
         assert row["response_length"] == sum(s["length"] for s in mine) / len(mine)
         assert row["clip_ratio"] == sum(not s["correct"] for s in mine) / len(mine)
         assert row["judge_errors"] == 0 and row["samples_per_problem"] == row["k"]
     assert 0 < rows[1]["accuracy"] < 1 and [len(s["images"]) for s in samples[64:72]] == [1, 0, 3, 1] * 2
-    assert [s["id"] for s in samples[:64:8]] == [sample.id for sample in dataset.samples]
+    assert [s["id"] for s in samples[:64:8]] == [sample.id for sample in mixed.samples]
 
 
 def test_several_k_share_the_responses_of_the_largest(ask):
@@ -134,11 +129,11 @@ def test_several_k_share_the_responses_of_the_largest(ask):
     assert few[1] == [seed for i in range(8) for seed in more[1][6 * i:][:2]], "the same ones, and more"
 
 
-def test_a_trainers_evaluation_keeps_the_first_samples_of_each_setting(dataset, monkeypatch, capsys):
+def test_a_trainers_evaluation_keeps_the_first_samples_of_each_setting(mixed, monkeypatch, capsys):
     written, world = {"eval": [], "samples": []}, SimpleNamespace(rank=0, world_size=1)
     logs = SimpleNamespace(write=lambda name, rows: written[name].extend(rows))
     monkeypatch.setattr(evaluate, "gather_json", lambda obj: [obj])
-    evaluate.evaluate_all(Lucky(), {"test": dataset}, 4, 0.5, 16, 7, world, logs, 3)
+    evaluate.evaluate_all(Lucky(), {"test": mixed}, 4, 0.5, 16, 7, world, logs, 3)
     settings = [row["setting"] for row in written["eval"]]
     assert [sample["setting"] for sample in written["samples"]] == sum([[name] * 3 for name in settings], [])
     assert capsys.readouterr().out.count("epoch 0.5 test") == len(settings) == 3
@@ -157,7 +152,7 @@ def read(path):
 
 def test_differences_are_paired_and_splits_are_read_from_the_files_names(
         tiny_model_dir, tiny_jsonl, tmp_path, monkeypatch, capsys):
-    other = str(shutil.copytree(tiny_model_dir, tmp_path / "other"))
+    other = str(shutil.copytree(tiny_model_dir, tmp_path / "step_000007"))
     shutil.copytree(pathlib.Path(tiny_jsonl).parent / "images", tmp_path / "images")
     splits = dict(mm_math_validation_v0="validation", text_val="validation", geometry3k_rl_v0="train",
                   constrained="test", mathvision_test="test")
@@ -173,27 +168,24 @@ def test_differences_are_paired_and_splits_are_read_from_the_files_names(
         first = solved.setdefault((row["data"], row["k"]), ours)
         assert row["accuracy"] == ours.mean() and row["difference"] == pytest.approx((ours - first).mean())
         assert row["difference95"] == pytest.approx(bootstrap(ours - first))
+        assert row["step"] == (7 if row["ckpt"] == other else None), "the folder's, of a run's checkpoint"
+        assert row["epoch"] is None and row["n"] == 12
     assert len(rows) == 20 and all(row["difference"] < 0 for row in rows[10:])
     assert f"points to {tiny_model_dir}, 95% -" in capsys.readouterr().out
 
 
-def test_the_command_on_two_equal_checkpoints(
-        tiny_model_dir, mixed_jsonl, tiny_jsonl, tmp_path, monkeypatch, capsys):
-    copy = str(shutil.copytree(tiny_model_dir, tmp_path / "step_000007"))
-    files = {mixed_jsonl: 8, tiny_jsonl: 12}
-    run_main(monkeypatch, f"--ckpt={tiny_model_dir}, {copy}", f"--data={','.join(files)}", "--rollout=hf",
+def test_two_equal_checkpoints_give_the_same_responses(
+        tiny_model_dir, mixed_jsonl, tmp_path, monkeypatch, capsys):
+    checkpoints = tiny_model_dir, str(shutil.copytree(tiny_model_dir, tmp_path / "copy"))
+    run_main(monkeypatch, f"--ckpt={', '.join(checkpoints)}", f"--data={mixed_jsonl}", "--rollout=hf",
              "--settings=pass@2 T=1, pass@1 T=0.6 top_p=0.9", "--max_new_tokens=4",
              f"--out_dir={tmp_path}/out")
     printed = " ".join(capsys.readouterr().out.split())
     rows, samples = read(tmp_path / "out/eval.jsonl"), read(tmp_path / "out/samples.jsonl")
-    assert [(row["ckpt"], row["data"], row["k"], row["n"]) for row in rows] == [
-        (ckpt, data, k, n) for ckpt in (tiny_model_dir, copy) for data, n in files.items() for k in (2, 1)]
-    for row in rows:
-        assert row["step"] == (7 if row["ckpt"] == copy else None), "the folder's, of a run's checkpoint"
-        assert row["epoch"] is None and (row["difference"], row["difference95"]) == (0, [0, 0])
-        assert f"{row['ckpt']} {row['data']} {row['setting']} 0.0%" in printed
-    ours, theirs = ([s["response"] for s in samples if s["ckpt"] == c] for c in (tiny_model_dir, copy))
-    assert ours == theirs and len(ours) == (2 + 1) * 20 and len(set(ours)) > 40
+    assert [(row["ckpt"], row["k"]) for row in rows] == [(name, k) for name in checkpoints for k in (2, 1)]
+    assert all(f"{row['ckpt']} {row['data']} {row['setting']} 0.0%" in printed for row in rows)
+    ours, theirs = ([s["response"] for s in samples if s["ckpt"] == c] for c in checkpoints)
+    assert ours == theirs and len(ours) == (2 + 1) * 8 and len(set(ours)) > 16
     assert "max_new_tokens = 4\n" in (tmp_path / "out/config.py").read_text(encoding="utf-8")
 
 

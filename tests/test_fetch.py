@@ -1,8 +1,6 @@
 """fetch.py: what it makes of the authors' files and of Geometry3K's own layout."""
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
@@ -10,6 +8,7 @@ from PIL import Image
 import fetch
 from configurator import UserError
 from test_evaluate import read
+from test_reward import run
 
 
 def picture(path, shade):
@@ -76,14 +75,9 @@ def test_geometry3k_in_its_own_layout_is_converted_in_the_order_of_its_ids(tmp_p
 
 
 def test_the_command_says_what_it_takes_and_what_is_wrong_with_status_2(tmp_path):
-    def run(*args):
-        env = os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-        command = [sys.executable, fetch.__file__, *args]
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert all(line in run("--help").stdout for line in fetch.__doc__.splitlines())
+    assert fetch.__doc__ in run(fetch.__file__, "--help").stdout
     for args, what in ((["nosuch"], "invalid choice: 'nosuch'"), (["geo3k_raw"], "is on no hub"),
-                       (["geo3k_raw", str(tmp_path)], "no problem found"),
-                       (["geo3k", str(tmp_path)], "not the layout that geo3k reads"),
+                       (["geo3k_raw", tmp_path], "no problem found"),
                        (["geo3k"], "cannot fetch ManTle/MAYE from the hub")):
-        done = run(*args)
+        done = run(fetch.__file__, *args, folder=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
         assert done.returncode == 2 and what in done.stderr and "Traceback" not in done.stderr

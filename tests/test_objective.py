@@ -1,9 +1,6 @@
-"""The objective against slow loops, numbers worked by hand and finite differences; train_rl.py's metrics."""
-import ast
-import datetime
+"""The objective against slow loops and finite differences; train_rl.py's metrics worked by hand."""
 import itertools
 import math
-import re
 import statistics
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,23 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import distributed
-from conftest import ROOT
 from data import order, request_seed, step_requests
-from objective import (baselined_scores, compute_advantages, correct, estimate_kl, loss_weights,
-                       policy_loss, token_rewards, whiten)
+from objective import (compute_advantages, correct, estimate_kl, loss_weights, policy_loss, token_rewards,
+                       whiten)
 from train_rl import response_metrics, update_metrics
 
+pytestmark = pytest.mark.usefixtures("world")
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]]).bool()  # three tokens, EOS first, all left out
 LOSS_AGGS = "seq_mean", "token_mean", "constant"
 ADVANTAGES = "reinforce++", "reinforce++_baseline", "grpo", "dr_grpo", "rloo"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    distributed.start()
-    yield
-    dist.destroy_process_group()
 
 
 def ragged(seed, n=8):
@@ -41,7 +30,6 @@ def ragged(seed, n=8):
     return lengths, torch.arange(7) < torch.tensor(lengths)[:, None], scores, *logprobs
 
 
-# ---- slow versions: a response at a time, a token at a time
 def slow_advantages(scores, kl, lengths, advantage, n, gamma, coeff):
     found = []
     for i, length in enumerate(lengths):
@@ -84,26 +72,14 @@ def flat(rows):
     return [x for row in rows for x in row]
 
 
-# ---- fast against slow
-
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_kl_estimates_against_slow_ones_and_by_hand(estimator):
+def test_kl_estimates_against_slow_ones_of_which_k3_is_the_default_and_never_negative(estimator):
     _, _, _, p, q, _ = ragged(0)
     for got, a, b in zip(estimate_kl(p, q, estimator).flatten(), p.flatten().tolist(), q.flatten().tolist()):
         slow = {"k1": a - b, "k2": (a - b) ** 2 / 2, "k3": math.exp(b - a) - (b - a) - 1}
         assert got.item() == pytest.approx(slow[estimator], abs=1e-6)
-    by_hand = {"k1": [0, 1, -1], "k2": [0, 0.5, 0.5], "k3": [0, math.exp(-1), math.e - 2]}
-    new, ref = torch.tensor([0.0, -1.0, -2.0]), torch.tensor([0.0, -2.0, -1.0])
-    assert estimate_kl(new, ref, estimator).tolist() == pytest.approx(by_hand[estimator])
-
-
-def test_the_means_of_k1_and_k3_are_the_kl_and_k3_is_never_negative():
     assert (estimate_kl(torch.tensor([0.0, -1, -2]), torch.tensor([1e-6, -1 + 1e-6, -2])) >= 0).all()
-    p, q = torch.randn(7).log_softmax(-1), torch.randn(7).log_softmax(-1)
-    for estimator in ("k1", "k3"):
-        mean = (p.exp() * estimate_kl(p, q, estimator)).sum()
-        torch.testing.assert_close(mean, (p.exp() * (p - q)).sum())
-    assert torch.equal(estimate_kl(p, q), estimate_kl(p, q, "k3"))
+    assert estimate_kl(torch.ones(1), torch.zeros(1)).item() == pytest.approx(math.exp(-1))
 
 
 @pytest.mark.parametrize("advantage", ADVANTAGES)
@@ -114,16 +90,6 @@ def test_advantages_against_a_slow_version(advantage, gamma, coeff):
     got = compute_advantages(scores, kl, mask, advantage, n, gamma, coeff)
     expected = slow_advantages(scores, kl, lengths, advantage, n, gamma, coeff)
     assert got[mask].tolist() == pytest.approx(flat(expected), abs=2e-6) and not got[~mask].any()
-
-
-def test_baselines_by_hand():
-    """A group of 1, 0, 0, 1: mean 1/2, standard deviation 1/sqrt(3); one of 0.3 alike."""
-    scores = torch.tensor([1, 0, 0, 1, 0.3, 0.3, 0.3, 0.3])
-    root, zeros = math.sqrt(3) / 2, [0.0] * 4
-    for advantage, high in (("dr_grpo", 0.5), ("reinforce++_baseline", 0.5), ("grpo", root), ("rloo", 2 / 3)):
-        expected = [high, -high, -high, high, *zeros]
-        assert baselined_scores(scores, advantage, 4).tolist() == pytest.approx(expected, rel=1e-5)
-    assert torch.equal(baselined_scores(scores, "reinforce++", 4), scores)
 
 
 @pytest.mark.parametrize("advantage", ADVANTAGES[1:])
@@ -137,49 +103,17 @@ def test_a_group_of_equal_scores_gives_exactly_zero(advantage):
         assert got[:n].any() and torch.equal(got[n:], torch.zeros(39 * n, 5))
 
 
-def test_reinforce_plus_plus_baseline_by_hand():
-    """Scores 1, 0 and 1, 1 of 1, 3, 2, 2 tokens: 0.5 once, -0.5 three times, 0 four times. Their mean is
-    -1/8, their variance 1/8 - 1/64 = 7/64: the advantages are +-0.5 by sqrt(7)/8, and 0, not 1/8 by it."""
-    scores, mask = torch.tensor([1.0, 0, 1, 1]), torch.arange(3) < torch.tensor([[1], [3], [2], [2]])
-    got = compute_advantages(scores, torch.zeros(4, 3), mask, "reinforce++_baseline", 2, 1, 0)
-    high = 4 / math.sqrt(7)
-    assert got[mask].tolist() == pytest.approx([high, *[-high] * 3, 0, 0, 0, 0], rel=1e-5)
-
-
 def test_a_score_stands_at_the_last_token_that_counts():
-    kl = torch.tensor([[0.1, 0.2, 0.3], [0.4, 9.0, 9.0], [9.0, 9.0, 9.0]])
-    rewards = token_rewards(torch.tensor([1.0, -1.0, 7.0]), kl, MASK, 0.5)
-    torch.testing.assert_close(rewards, torch.tensor([[-0.05, -0.1, 0.85], [-1.2, 0, 0], [0, 0, 0]]))
-    hole = torch.tensor([[1, 0, 0, 1, 0]]).bool()  # as truncation to a weight of 0 leaves
-    assert token_rewards(torch.ones(1), torch.zeros(1, 5), hole, 0.5).tolist() == [[0, 0, 0, 1, 0]]
+    holes = torch.tensor([[1, 0, 0, 1, 0], [0] * 5]).bool()  # as truncation to a weight of 0 leaves
+    assert token_rewards(torch.ones(2), holes, holes, 0.5).tolist() == [[-0.5, 0, 0, 0.5, 0], [0] * 5]
 
 
-def test_whitened_values_have_mean_0_and_variance_1_over_the_mask_and_ignore_padding():
+def test_whitening_ignores_padding_and_leaves_no_gradient_where_there_is_no_signal():
     values = torch.tensor([[1.0, 2.0, 3.0], [10.0, 99.0, 99.0], [99.0, 99.0, 99.0]])
     white = whiten(values, MASK)
-    torch.testing.assert_close(white[MASK], (values[MASK] - 4) / values[MASK].std(unbiased=False))
     assert torch.equal(white, whiten(values.where(MASK, torch.tensor(-1e6)), MASK)) and not white[~MASK].any()
     assert whiten(torch.full((3, 3), -0.1), MASK).abs().max() < 1e-3, "equal scores give no gradient"
     assert not whiten(values, MASK & False).any(), "nothing is left in the loss"
-
-
-def on_two_ranks(monkeypatch, function):
-    """[function(0), function(1)], as two processes by gloo."""
-    store, here = dist.HashStore(), threading.local()
-
-    def all_reduce(tensor, op=dist.ReduceOp.SUM):
-        options = dist.AllreduceOptions()
-        options.reduceOp = op
-        here.group.allreduce([tensor], options).wait()
-
-    monkeypatch.setattr(dist, "all_reduce", all_reduce)
-
-    def rank(i):
-        here.group = dist.ProcessGroupGloo(store, i, 2, datetime.timedelta(seconds=60))
-        return function(i)
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(rank, range(2)))
 
 
 @pytest.mark.parametrize("advantage", ADVANTAGES)
@@ -198,7 +132,18 @@ def test_two_ranks_have_the_advantages_weights_and_corrections_of_one(monkeypatc
     # the k-th minibatch of one process is the k-th of each of two, together
     order_of_one = [0, 1, 4, 5, 2, 3, 6, 7]
     whole, metrics = all_of(order_of_one)
-    parts = on_two_ranks(monkeypatch, lambda i: all_of([0, 1, 2, 3] if i == 0 else [4, 5, 6, 7]))
+    meeting, tensors = threading.Barrier(2, timeout=60), {}
+
+    def all_reduce(tensor, op=dist.ReduceOp.SUM):
+        tensors[threading.get_ident()] = tensor.clone()
+        meeting.wait()
+        both = torch.stack(list(tensors.values()))
+        meeting.wait()
+        tensor.copy_(both.sum(0) if op == dist.ReduceOp.SUM else both.amax(0))
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    with ThreadPoolExecutor(2) as ranks:
+        parts = list(ranks.map(all_of, ([0, 1, 2, 3], [4, 5, 6, 7])))
     for name, value in metrics.items():
         assert parts[0][1][name] == parts[1][1][name] == pytest.approx(value), name
     for one, first, second in zip(whole, parts[0][0], parts[1][0]):
@@ -225,29 +170,19 @@ def test_corrections_against_a_slow_version(correction):
     assert correction != "mask" or 0 < masked < 8
 
 
-def test_corrections_by_hand():
-    """Ratios 4 and 1/2, and 1 alone, with a cap of 1.5; of the sequences 2 and 1."""
-    old, rollout = torch.tensor([[4.0, 0.5], [1, 1]]).log(), torch.zeros(2, 2)
-    mask = torch.tensor([[True, True], [True, False]])
-    weights, metrics = correct(old, rollout, mask, "truncate", 1.5)
-    torch.testing.assert_close(weights[mask], torch.tensor([1.5, 0.5, 1]))
-    assert list(metrics.values()) == pytest.approx([5.5 / 3, 4, 5.5**2 / (3 * 17.25), 0])
-    weights, metrics = correct(old, rollout, mask, "mask", 1.5)
-    assert weights[mask].tolist() == [0, 0, 1] and metrics["correction/masked"] == 1
-    assert correct(old, rollout, mask, "mask", 2.1)[0][mask].tolist() == [1, 1, 1]
-    assert correct(old, old, mask, "mask", 1)[0][mask].tolist() == [1, 1, 1], "at the cap is not over it"
-    _, metrics = correct(old - 1, old, mask, "none", 1)
+def test_a_response_at_the_cap_is_not_masked_and_no_ratio_is_that_of_padding():
+    old = torch.zeros(3, 3)
+    assert correct(old, old, MASK, "mask", 1)[0][MASK].tolist() == [1] * 4
+    _, metrics = correct(old - 1, old, MASK, "none", 1)
     assert metrics["correction/ratio_max"] == pytest.approx(math.exp(-1)), "padding's ratio is 1"
 
 
 def test_loss_weights_by_hand_and_for_every_minibatch_by_itself():
     mask = torch.cat([MASK, MASK[:2], torch.tensor([[1, 1, 0]]).bool()])  # 4 and 6 tokens, 2 and 3 responses
-    tokens, responses = torch.tensor([[4]] * 3 + [[6]] * 3), torch.tensor([[2]] * 3 + [[3]] * 3)
-    torch.testing.assert_close(loss_weights(mask, "token_mean", 3, 10), mask / tokens)
-    torch.testing.assert_close(loss_weights(mask, "constant", 3, 10), mask / (10 * responses))
-    lengths = torch.tensor([[3], [1], [1], [3], [1], [2]])  # Eq. 1: each response weighs the same
-    torch.testing.assert_close(loss_weights(mask, "seq_mean", 3, 10), mask / (lengths * responses))
-    for loss_agg in LOSS_AGGS:
+    firsts = {"token_mean": (1 / 4, 1 / 6), "constant": (1 / 20, 1 / 30), "seq_mean": (1 / 6, 1 / 9)}
+    for loss_agg, (first, fourth) in firsts.items():
+        weights = loss_weights(mask, loss_agg, 3, 10)[:, 0]
+        assert weights[[0, 2, 3]].tolist() == pytest.approx([first, 0, fourth])
         assert not loss_weights(MASK & False, loss_agg, 3, 10).any(), "all left out: 0, not nan"
 
 
@@ -268,54 +203,21 @@ def test_losses_against_a_slow_version_and_their_gradients_against_finite_differ
             "token_mean": statistics.fmean(flat(losses)), "constant": statistics.fmean(map(sum, losses)) / 7}
     frozen = parts[1].detach().clamp(0.8, 1.3)  # of cispo, whose ratio is a constant to the gradient
 
-    def whole(x):
-        loss = -frozen * advantages * x if kind == "cispo" else policy_loss(
-            x, old, advantages, mask, kind, 0.2, 0.3)[0]
-        return (weights * (loss + 0.1 * estimate_kl(x, ref))).sum()
+    def whole(x, pg_loss):
+        return (weights * (pg_loss + 0.1 * estimate_kl(x, ref))).sum()
 
-    def value(x):
-        return (weights * policy_loss(x, old, advantages, mask, kind, 0.2, 0.3)[0]).sum()
+    def moved(x):
+        pg_loss, *_ = policy_loss(x, old, advantages, mask, kind, 0.2, 0.3)
+        return whole(x, -frozen * advantages * x if kind == "cispo" else pg_loss)
 
-    assert value(new).item() == pytest.approx(mean[loss_agg], abs=1e-6)
-    (value(new) + (weights * 0.1 * estimate_kl(new, ref)).sum()).backward()
+    assert (weights * parts[0]).sum().item() == pytest.approx(mean[loss_agg], abs=1e-6)
+    whole(new, parts[0]).backward()
     for i, t in itertools.product(range(8), range(7)):
         nudge = torch.zeros_like(old)
         nudge[i, t] = 1e-6
         with torch.no_grad():
-            slope = (whole(new + nudge) - whole(new - nudge)) / 2e-6
+            slope = (moved(new + nudge) - moved(new - nudge)) / 2e-6
         assert new.grad[i, t].item() == pytest.approx(slope.item(), abs=1e-6)
-
-
-@pytest.mark.parametrize("ratio, advantage, loss, moves", [
-    (1.0, 2.0, -2.0, True), (1.1, 2.0, -2.2, True),
-    (1.5, 2.0, -2.6, False),  # clipped at 1.3 from above
-    (1.5, -2.0, 3.0, True),  # getting more of what is bad is not clipped
-    (0.5, -2.0, 1.6, False),  # clipped at 0.8 from below
-    (0.5, 2.0, -1.0, True)])
-def test_the_clipped_loss_by_hand(ratio, advantage, loss, moves):
-    new = torch.tensor([[math.log(ratio)]], requires_grad=True)
-    arguments = new, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1).bool()
-    pg_loss, got, clipped = policy_loss(*arguments, "token", 0.2, 0.3)
-    assert (pg_loss.item(), got.item()) == pytest.approx((loss, ratio)) and clipped.item() is not moves
-    pg_loss.backward()
-    assert new.grad.item() == pytest.approx(-advantage * ratio if moves else 0)  # at ratio 1: REINFORCE
-    new.grad = None
-    pg_loss, got, clipped = policy_loss(*arguments, "cispo", 0.2, 0.3)
-    bounded = min(max(ratio, 0.8), 1.3)
-    assert pg_loss.item() == pytest.approx(-bounded * advantage * math.log(ratio))
-    pg_loss.backward()
-    assert new.grad.item() == pytest.approx(-advantage * bounded) and clipped.item() is (bounded != ratio)
-
-
-def test_the_sequence_ratio_by_hand():
-    """Ratios 2 and 1/2 of one response, 4 and 1 of the other: geometric means 1 and 2. GSPO, Eq. 7."""
-    new = torch.tensor([[2.0, 0.5, 9.0], [4.0, 1.0, 9.0]]).log().requires_grad_()
-    mask = torch.tensor([[True, True, False]] * 2)
-    loss, ratio, clipped = policy_loss(new, 0 * new, 0 * new - 1, mask, "sequence", 0.2, 0.3)
-    torch.testing.assert_close(ratio[mask], torch.tensor([1.0, 1, 2, 2]))
-    (loss * loss_weights(mask, "seq_mean", 2, 3)).sum().backward()
-    torch.testing.assert_close(new.grad, torch.tensor([[0.25, 0.25, 0], [0.5, 0.5, 0]]))  # s / |o| / 2
-    assert not clipped.any()
 
 
 class Train(list):
@@ -366,14 +268,3 @@ def test_update_metrics_are_means_over_tokens_and_updates_without_those_left_out
     assert got == pytest.approx(expected | {"rollout/logprob_diff": 0.1})  # of the first update alone
     assert math.isnan(update_metrics([left_out], "a reference")["policy/ratio"])
     assert math.isnan(update_metrics([first], None)["policy/kl_loss"]), "without a reference: null"
-
-
-@pytest.mark.parametrize("script", ["train_rl", "train_sft", "evaluate"])
-def test_every_knob_is_read_somewhere(script):
-    """By its name outside of the block, or as config["name"] in checkpoint.py, to which the dict goes."""
-    _, block, rest = (ROOT / f"{script}.py").read_text(encoding="utf-8").split("\n# ---", 2)
-    knobs = {node.targets[0].id for node in ast.parse("#" + block).body}
-    names = [node for node in ast.walk(ast.parse("#" + rest)) if isinstance(node, ast.Name)]
-    read = {node.id for node in names if isinstance(node.ctx, ast.Load)}
-    read |= set(re.findall(r'config\["(\w+)"\]', (ROOT / "checkpoint.py").read_text(encoding="utf-8")))
-    assert len(knobs) > 10 and not knobs - read

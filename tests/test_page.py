@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -37,8 +38,6 @@ def draw_page(folder, runs, **report):
     write_page(folder / "index.html", empty | report | {"samples": samples, "images": images})
     return folder / "index.html"
 
-
-# --- what Python puts on it
 
 def test_a_cap_keeps_whole_problems_and_first_those_with_an_aha_moment(tmp_path):
     rows = [sample(f"p{i}", step) for step in range(5) for i in range(40)]
@@ -91,19 +90,13 @@ def test_pictures_are_made_small_and_come_only_from_the_folder(tmp_path, monkeyp
     assert read_samples([run], 10, str(inside))[1][names[1]] == "left out, too many pictures"
 
 
-# --- in a browser
-
 @pytest.fixture(scope="module")
 def browser():
     """Chromium, one for all tests; they skip where there is none, but fail when NANOMAYE_BROWSER=required."""
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    missing = "" if path else "no chromium, chromium-browser or google-chrome on the PATH"
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        missing = "playwright is not installed"
-    if missing:
-        (pytest.fail if os.environ.get("NANOMAYE_BROWSER") == "required" else pytest.skip)(missing)
+    if os.environ.get("NANOMAYE_BROWSER") != "required" and not (path and find_spec("playwright")):
+        pytest.skip("no playwright, or no chromium, chromium-browser or google-chrome on the PATH")
+    from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         yield chromium
@@ -113,11 +106,10 @@ def browser():
 @pytest.fixture
 def visit(browser):
     """visit(path, **options) -> the open page. At the end: no request but the file, no error, nothing run."""
-    contexts, trouble = [], []
+    trouble = []
 
     def visit(path, fragment="", **options):
         context = browser.new_context(offline=True, **{"viewport": {"width": 1400, "height": 900}, **options})
-        contexts.append(context)
         url, tab = path.as_uri(), context.new_page()
         tab.set_default_timeout(5_000)
         tab.on("request", lambda request: request.url.split("#")[0] == url or request.url.startswith("data:")
@@ -129,7 +121,7 @@ def visit(browser):
         return tab
 
     yield visit
-    for context in contexts:
+    for context in browser.contexts:
         assert all(tab.evaluate("window.__pwned") is None for tab in context.pages)
         context.close()
     assert trouble == []

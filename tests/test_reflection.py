@@ -1,13 +1,12 @@
 """reflection.py on numbers worked by hand."""
 import json
-import subprocess
-import sys
+import re
 
 import pytest
 
-import reflection
 from configurator import UserError
 from reflection import TOTALS, WORDS, add, count_words, metrics, ratios, tally, tally_file
+from test_reward import run
 
 #            reflects?  correct?
 BATCH = [("Wait, wait. Let me re-check.", True),         # 2 wait, 1 re-check
@@ -27,7 +26,7 @@ def test_the_words_are_the_papers_fifteen():
     assert len(WORDS) == 15
 
 
-def test_worked_batch():
+def test_a_batch_as_worked_by_hand_and_an_uneven_one_is_an_error():
     counts = tally(RESPONSES, CORRECT)
     assert counts == COUNTS
     assert ratios(counts) == {
@@ -37,14 +36,15 @@ def test_worked_batch():
     logged = metrics(RESPONSES, CORRECT)
     assert logged["reflection/reflection_ratio"] == 3 / 5 and logged["reflection_words/wait"] == 2
     assert len(logged) == 5 + 15
+    with pytest.raises(ValueError):
+        tally(["a", "b"], [True])
 
 
 @pytest.mark.parametrize("responses, correct, empty", [
     ([], [], set(ratios(COUNTS))),
     (["wait"], [True], {"reflection_ratio_in_incorrect_answers", "correct_ratio_in_no_reflection_texts"}),
     (["wait"], [False], {"reflection_ratio_in_correct_answers", "correct_ratio_in_no_reflection_texts"}),
-    (["six"], [True], {"reflection_ratio_in_incorrect_answers", "correct_ratio_in_reflection_texts"}),
-    (["wait", "six"], [True, False], set())])
+    (["six"], [True], {"reflection_ratio_in_incorrect_answers", "correct_ratio_in_reflection_texts"})])
 def test_an_empty_denominator_is_none(responses, correct, empty):
     assert {name for name, value in ratios(tally(responses, correct)).items() if value is None} == empty
 
@@ -59,70 +59,46 @@ def test_an_empty_denominator_is_none(responses, correct, empty):
     ("recheck again", {"recheck": 1, "check again": 1}, {"recheck": 1}),
     ("double-verify", {"verify": 1}, {}),
     ("try\nagain", {}, {"try again": 1}),
-    ("re-evaluated", {"re-evaluate": 1}, {}),
-    ("verify_it 2verify", {"verify": 2}, {}),
-    ("", {}, {})])
+    ("verify_it 2verify", {"verify": 2}, {})])
 def test_substrings_and_whole_words(text, substring, word):
     for match, expected in (("substring", substring), ("word", word)):
         assert {name: n for name, n in count_words(text, match).items() if n} == expected
 
 
-def test_uneven_batches_are_an_error():
-    with pytest.raises(ValueError):
-        tally(["a", "b"], [True])
-
-
 def test_ratios_of_several_ranks_are_those_of_their_pooled_counts():
     one, two = tally(RESPONSES[:1], CORRECT[:1]), tally(RESPONSES[1:], CORRECT[1:])
     assert add(one, two) == add(two, one, tally([], [])) == COUNTS
-    mean_of_ratios = (ratios(one)["reflection_ratio"] + ratios(two)["reflection_ratio"]) / 2
-    assert ratios(add(one, two))["reflection_ratio"] == 3 / 5 != mean_of_ratios == (1 / 1 + 2 / 4) / 2
 
 
 def write(path, *rows):
-    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"response": ', "Expecting value: line 1"),
-    ("[1]", "must be an object, got [1]"),
-    ('{"correct": true}', "response must be a text, got None; --text_key names another key"),
-    ('{"response": 7, "correct": true}', "response must be a text, got 7"),
-    ('{"response": "a"}', "correct must be true or false, got None; or --correct_key"),
-    ('{"response": "a", "correct": 0.5}', "correct must be true or false, got 0.5")])
+    (b'{"response": ', "Expecting value: line 1"),
+    (b'{"response": "\xff", "correct": true}', "'utf-8'"),
+    (b"[1]", "must be an object, got [1]"),
+    (b'{"response": 7, "correct": true}', "response must be a text, got 7; --text_key names another key"),
+    (b'{"response": "a", "correct": 0.5}', "correct must be true or false, got 0.5; or --correct_key")])
 def test_a_bad_line_is_named(tmp_path, line, message):
-    path = write(tmp_path / "samples.jsonl", {"response": "a", "correct": True}, line)
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(b'{"response": "a", "correct": true}\n' + line)
     with pytest.raises(UserError) as error:
         tally_file(path)
     assert str(error.value).startswith(f"{path}:2: {message}")
 
 
-def test_a_line_that_is_not_utf_8_is_named(tmp_path):
-    (tmp_path / "samples.jsonl").write_bytes(b'{"response": "\xff", "correct": true}\n')
-    with pytest.raises(UserError, match="samples.jsonl:1: 'utf-8'"):
-        tally_file(tmp_path / "samples.jsonl")
-
-
-def test_other_peoples_keys(tmp_path):
+def test_the_command_prints_counts_and_ratios_of_other_peoples_rows_too(tmp_path):
     rows = [{"completion": text, "reward": float(right), "response": 7} for text, right in BATCH]
-    path = write(tmp_path / "other.jsonl", *rows)
-    assert tally_file(path, text_key="completion", correct_key="reward") == COUNTS
-
-
-def test_the_command_prints_counts_and_ratios(tmp_path):
-    def run(*arguments):
-        command = [sys.executable, reflection.__file__, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True)
-        return done.returncode, [line.split() for line in done.stdout.splitlines()], done.stderr
-    path = write(tmp_path / "samples.jsonl", *({"response": t, "correct": c, "step": 0} for t, c in BATCH))
-    status, printed, errors = run(path)
-    assert (status, errors) == (0, "")
-    assert all(line in printed for line in (["N", "5"], ["wait", "2"], ["try", "again", "1"],
-                                            ["correct_ratio_in_reflection_texts", "0.3333"]))
+    path = write(tmp_path / "samples.jsonl", *rows)
+    done = run("reflection.py", path, "--text_key=completion", "--correct_key=reward")
+    assert (done.returncode, done.stderr) == (0, "")
+    for line in ("N +5", "wait +2", "try again +1", "correct_ratio_in_reflection_texts +0.3333"):
+        assert re.search(f"^{line}$", done.stdout, re.M), line
     write(path, {"response": "awaiting", "correct": True})
-    status, printed, errors = run("--match=word", path)
-    assert ["reflection_ratio", "0.0000"] in printed
-    assert ["correct_ratio_in_reflection_texts", "null"] in printed
-    status, printed, errors = run("no.jsonl")
-    assert status == 2 and errors.startswith("command line: no file 'no.jsonl'; python reflection.py out/")
+    printed = run("reflection.py", "--match=word", path).stdout
+    assert re.search("^reflection_ratio +0.0000$", printed, re.M)
+    assert re.search("^correct_ratio_in_reflection_texts +null$", printed, re.M)
+    done = run("reflection.py", "no.jsonl")
+    assert done.returncode == 2 and done.stderr.startswith("command line: no file 'no.jsonl'; python reflec")

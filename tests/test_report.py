@@ -2,8 +2,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from statistics import mean, stdev
 
 import numpy as np
@@ -12,20 +10,19 @@ from PIL import Image
 
 from configurator import UserError
 from conftest import ROOT
-from reflection import WORDS
+from evaluate import wilson
+from reflection import WORDS, ratios
 from report.__main__ import main
 from report.marks import aha_moment, mark
 from report.paper import paper_numbers
 from report.scheme import PERIODS, averaged, pooled
 from test_evaluate import read
+from test_reflection import write
+from test_reward import run
 
 TOY, TOY_SFT = ([ROOT / f"results/{name}-{seed}" for seed in range(3)] for name in ("toy", "toy_sft"))
 HOSTILE = "<img src=x onerror=alert(1)> ![t](http://x.png) a|b $\\frac$ `c`\nd"
 REFLECTING_RIGHT = "reflection/correct_ratio_in_reflection_texts"
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def rows_of(out, title):
@@ -55,11 +52,9 @@ def test_the_accuracy_table_is_that_of_an_independent_script(toy_report):
             runs = [pick([row["accuracy"] for row in evals[folder] if row["split"] == split
                           and row["setting"] == setting and (row["epoch"] > 0) == trained])
                     for folder in folders]
-            p, z, size = mean(runs), 1.96, int(n)
-            centre = (p + z * z / 2 / size) / (1 + z * z / size)
-            half = z / (1 + z * z / size) * math.sqrt(p * (1 - p) / size + z * z / 4 / size**2)
-            seeds = 4.303 * stdev(runs) / math.sqrt(3) if trained else 0
-            low, high = p - math.hypot(seeds, p - centre + half), p + math.hypot(seeds, centre + half - p)
+            p, seeds = mean(runs), 4.303 * stdev(runs) / math.sqrt(3) if trained else 0
+            low, high = wilson(p * int(n), int(n))
+            low, high = p - math.hypot(seeds, p - low), p + math.hypot(seeds, high - p)
             found = [float(part) for part in cell.strip(")").replace("(", "to ").split(" to ")]
             assert found == pytest.approx([100 * p, 100 * max(low, 0), 100 * min(high, 1)], abs=0.0501)
 
@@ -72,11 +67,7 @@ def test_reflection_and_length_are_those_of_an_independent_script(toy_report):
         n = np.diff([0] + [row["samples"] for row in log])
         for period, mask in zip(PERIODS, (epoch == epoch[0], epoch == epoch[-1], epoch >= 0)):
             n_all, n_ref, n_right, n_both = ((n * v)[mask].sum() for v in (1, ratio, right, ratio * both))
-            wanted = {"reflection_ratio": n_ref / n_all,
-                      "reflection_ratio_in_correct_answers": n_both / n_right,
-                      "reflection_ratio_in_incorrect_answers": (n_ref - n_both) / (n_all - n_right),
-                      "correct_ratio_in_reflection_texts": n_both / n_ref,
-                      "correct_ratio_in_no_reflection_texts": (n_right - n_both) / (n_all - n_ref)}
+            wanted = ratios(dict(N=n_all, N_ref=n_ref, N_correct=n_right, N_ref_correct=n_both))
             for word in WORDS:
                 wanted[word] = sum(row[f"reflection_words/{word}"] for row, here in zip(log, mask) if here)
             found = {name: values[period][i] for name, values in numbers["reflection"].items()}
@@ -141,10 +132,10 @@ def test_marks_are_the_words_and_the_last_box(response, marked):
 
 def leave_run(folder, evals=True, **knobs):
     folder.mkdir()
-    write(folder / "metrics.jsonl", [step(1, 4, 2, 2, 1), step(2, 4, 2, 2, 1)])
+    write(folder / "metrics.jsonl", step(1, 4, 2, 2, 1), step(2, 4, 2, 2, 1))
     row = {"step": 0, "split": "validation", "setting": HOSTILE, "accuracy": 0.25, "n": 4}
     if evals:
-        write(folder / "eval.jsonl", [row | {"epoch": 0}, row | {"epoch": 1}])
+        write(folder / "eval.jsonl", row | {"epoch": 0}, row | {"epoch": 1})
     if knobs:
         (folder / "config.py").write_text("".join(f"{name} = {value!r}\n" for name, value in knobs.items()))
     return folder
@@ -169,7 +160,7 @@ def test_notes_name_what_differs_or_is_missing_and_markdown_holds_no_html(tmp_pa
 
 def test_one_run_without_evaluations_config_or_lengths_still_gives_a_report(tmp_path):
     run = leave_run(tmp_path / "a", evals=False)
-    write(run / "metrics.jsonl", [step(1, 4, 2, 2, 1, **{"response/length": "12"}), step(2, 4, 2, 2, 1)])
+    write(run / "metrics.jsonl", step(1, 4, 2, 2, 1, **{"response/length": "12"}), step(2, 4, 2, 2, 1))
     main([str(run), f"--out={tmp_path}/out"])
     assert not (tmp_path / "out/figures/accuracy.png").exists()
     assert rows_of(tmp_path / "out", "Response length")[1] == [["a", "–", "–", "7.0", "7.0", "–"]]
@@ -181,21 +172,19 @@ def test_methods_are_compared_by_responses_needed_final_accuracy_and_training(tm
     for name, curve in curves.items():
         run = leave_run(tmp_path / name, evals=False, learning_rate=2e-4)
         row = {"epoch": 0, "split": "validation", "setting": "pass@1 T=0.6 top_p=1", "n": 4}
-        write(run / "eval.jsonl", [row | {"step": i + 1, "accuracy": x} for i, x in enumerate(curve)])
+        write(run / "eval.jsonl", *(row | {"step": i + 1, "accuracy": x} for i, x in enumerate(curve)))
         (run / "final").mkdir()
-        write(run / "final/eval.jsonl", [row | {"step": 2, "split": "test", "accuracy": 0.5},
-                                         row | {"step": None, "split": "test", "accuracy": 1.0}])
+        write(run / "final/eval.jsonl", row | {"step": 2, "split": "test", "accuracy": 0.5},
+              row | {"step": None, "split": "test", "accuracy": 1.0})
     runs = [str(tmp_path / name) for name in curves]
     main(["--methods", *runs, f"--out={tmp_path}/out"])
     assert rows_of(tmp_path / "out", "Responses until")[1] == [
         ["grpo", "0.0002", "6 (4 to 8)", "8 (8 to 8); never in 1"],
         ["rloo", "0.0002", "never", "never"]]
-    cell, exact = averaged([0.75, 1.0], 4, seeds=True), averaged([0.5], 4, seeds=True)
-    shown = ["{:.1f} ({:.1f} to {:.1f})".format(*(100 * x[key] for key in ("mean", "low", "high")))
-             for x in (cell, averaged([0.5, 0.5], 4, seeds=True), averaged([0.25], 4, seeds=True), exact)]
-    columns, rows = rows_of(tmp_path / "out", "Final accuracy")
-    assert columns == ["method", "validation, pass@1 T=0.6 top_p=1", "test, pass@1 T=0.6 top_p=1"]
-    assert rows == [["grpo", *shown[:2]], ["rloo", *shown[2:]]]
+    cells = "87.5 (0.0 to 100.0)", "50.0 (15.0 to 85.0)", "25.0 (4.6 to 69.9)", "50.0 (15.0 to 85.0)"
+    assert rows_of(tmp_path / "out", "Final accuracy") == (
+        ["method", "validation, pass@1 T=0.6 top_p=1", "test, pass@1 T=0.6 top_p=1"],
+        [["grpo", *cells[:2]], ["rloo", *cells[2:]]])
     columns, rows = rows_of(tmp_path / "out", "Training")
     assert dict(zip(columns, rows[0]))["length, last step"] == "7.0 (7.0 to 7.0)" and "–" in rows[0]
     assert (tmp_path / "out/figures/methods.png").exists()
@@ -204,7 +193,7 @@ def test_methods_are_compared_by_responses_needed_final_accuracy_and_training(tm
 def test_user_errors_are_one_line_that_says_what_and_where(tmp_path):
     good, bad, odd = (leave_run(tmp_path / name) for name in ("good", "bad", "odd"))
     (bad / "metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-    write(odd / "eval.jsonl", [{"epoch": 1, "accuracy": "high", "n": 3}])
+    write(odd / "eval.jsonl", {"epoch": 1, "accuracy": "high", "n": 3})
     for arguments, message in (([], "required: RUN"), ([good, "--max_samples=a"], "invalid int value: 'a'"),
                                ([tmp_path], "no metrics.jsonl"), ([good, f"{good}/../good"], "given twice"),
                                ([good, f"--out={__file__}"], "is a file"), ([bad], "metrics.jsonl:2: no obj"),
@@ -216,6 +205,5 @@ def test_user_errors_are_one_line_that_says_what_and_where(tmp_path):
 
 
 def test_the_command_ends_with_2_and_one_line_on_a_users_error(tmp_path):
-    command = [sys.executable, "-m", "report", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run("-m", "report", tmp_path)
     assert done.returncode == 2 and re.fullmatch(f"{tmp_path}: no metrics.*\n", done.stderr)

@@ -10,11 +10,10 @@ import subprocess
 import pytest
 
 import configurator
+from conftest import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = ("train_rl", "train_sft", "evaluate", "reflection")
-FOLDERS = ("report", "bench")
 
 
 def tracked(pattern="*"):
@@ -28,26 +27,26 @@ def lines(path):
     return (ROOT / path).read_text(encoding="utf-8").splitlines()
 
 
-def commands():
-    """Every command of the README's bash blocks, comments off, as lists of words."""
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            for part in re.split(r"\s&&\s", line.split("  #")[0]):
-                words = shlex.split(part, comments=True)
-                yield [word for word in words if not re.match(r"[A-Z_]+=", word)]
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_knob_has_a_comment(script):
-    block = (ROOT / f"{script}.py").read_text(encoding="utf-8").split("\n# ---")[1]
-    assert all("  # " in line for line in block.splitlines() if re.match(r"[a-z_0-9]+ = ", line))
+def test_every_knob_has_a_comment_and_is_read_somewhere(script):
+    """By its name outside of the block, or as config["name"] in checkpoint.py, to which the dict goes."""
+    _, block, rest = (ROOT / f"{script}.py").read_text(encoding="utf-8").split("\n# ---", 2)
+    knobs, explained = (set(re.findall(rf"^(\w+) = {comment}", block, re.M)) for comment in ("", ".*  # "))
+    names = [node for node in ast.walk(ast.parse("#" + rest)) if isinstance(node, ast.Name)]
+    read = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+    read |= set(re.findall(r'config\["(\w+)"\]', "\n".join(lines("checkpoint.py"))))
+    assert len(knobs) > 3 and knobs == explained and not knobs - read
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.name)
-def test_config_files_hold_only_what_differs_or_is_explained_and_their_command(path, capsys):
+def test_config_files_hold_only_what_differs_or_is_explained_and_commands_that_work(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     text = path.read_text(encoding="utf-8")
-    script = re.search(rf"(train_rl|train_sft)\.py\s+config/{path.stem}\.py", text)[1]
-    defaults = dict(vars(importlib.import_module(script)))
+    docstring = ast.get_docstring(ast.parse(text)).replace("\\\n", " ")
+    for script, arguments in re.findall(rf"(train_\w+)\.py (config/{path.name}.*)", docstring):
+        defaults = dict(vars(importlib.import_module(script)))
+        values = configurator.configure(dict(defaults), shlex.split(arguments, comments=True))
+        assert values["out_dir"].startswith(f"out/{path.stem}") and values["train_data"]
     values = configurator.configure(dict(defaults), [str(path)])
     set_here = re.findall(r"^(\w+) = ", text, re.M)
     explained = set(re.findall(r"^(\w+) = .*#", text, re.M))
@@ -56,10 +55,12 @@ def test_config_files_hold_only_what_differs_or_is_explained_and_their_command(p
     assert values["out_dir"] == f"out/{path.stem}" and len(text.splitlines()) <= 40
 
 
-def test_readme_commands_name_scripts_and_knobs_that_exist(capsys, monkeypatch):
+def test_readme_commands_name_scripts_and_knobs_that_exist(monkeypatch):
     monkeypatch.chdir(ROOT)
     seen = set()
-    for words in commands():
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
+    for command in re.split(r"\s&&\s|\n", blocks):
+        words = [w for w in shlex.split(command, comments=True) if not re.match("[A-Z_]+=", w)]
         if not words or words[0] in ("pip", "pytest", "rm"):
             continue
         assert words[0] in ("python", "torchrun"), words
@@ -103,7 +104,7 @@ def test_the_budget_of_reading():
     root = [path for path in python if len(path.parts) == 1]
     apart = ("tests", "config", "results")
     folders = [path for path in python if len(path.parts) > 1 and path.parts[0] not in apart]
-    assert len(root) <= 14 and sum(len(lines(path)) for path in root) <= 3000
+    assert len(root) <= 14 and sum(len(lines(path)) for path in root) <= 3200
     assert len(lines("train_rl.py")) <= 400 and sum(len(lines(path)) for path in folders) <= 1900
     assert sum(len(lines(path)) for path in python if path.parts[0] == "tests") <= 3800
     assert all(len(line) <= 110 for path in python for line in lines(path))
@@ -111,12 +112,9 @@ def test_the_budget_of_reading():
 
 
 def test_nothing_at_the_root_imports_a_folder_but_the_toy():
+    folder = re.compile(r" *(?:import|from) (?:report|bench|tests)\b")
     for path in tracked("*.py"):
-        if len(path.parts) == 1:
-            for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
-                names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
-                    [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                assert not {name.split(".")[0] for name in names} & {*FOLDERS, "tests"}, path
+        assert len(path.parts) > 1 or not any(map(folder.match, lines(path))), path
 
 
 def test_no_file_speaks_of_machines():

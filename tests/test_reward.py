@@ -76,10 +76,10 @@ def wait_for_the_end_of(server):
         living = [field for field in fields if field[0] != "Z" and field[3] == str(server)]
 
 
-def run(code, folder, **environment):
+def run(*words, folder=ROOT, **environment):
     environment = os.environ | environment | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, text=True,
-                          capture_output=True)
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True)
 
 
 def test_table():
@@ -101,9 +101,9 @@ def test_each_rewrite_is_needed_by_its_example():
 
 @pytest.mark.parametrize("response, content", [
     (r"\boxed{1} then \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{\boxed{8}}", "8"),
-    (r"\boxed {3}", "3"), (r"\boxed 5", "5"), (r"$\boxed 12.$", "12"), (r"\boxed{\{1\}}", r"\{1\}"),
-    (r"\boxed{}", ""), ("\\boxed{a\nb}", "a\nb"), (r"\boxed{2} or \boxed{3", None), ("20", None), ("", None),
-    (r"\boxed{2}, \boxed", None), ("\\boxedx", None), (r"\boxed{\frac{1}{2}", None), (r"\boxed, {5}", None)])
+    (r"\boxed {3}", "3"), (r"$\boxed 12.$", "12"), (r"\boxed{\{1\}}", r"\{1\}"), (r"\boxed{}", ""),
+    ("\\boxed{a\nb}", "a\nb"), (r"\boxed{2} or \boxed{3", None), ("20", None), (r"\boxed{2}, \boxed", None),
+    ("\\boxedx", None), (r"\boxed, {5}", None)])
 def test_last_boxed(response, content):
     assert last_boxed(response) == content
     assert judge(response, content or "20") is (content not in (None, ""))
@@ -150,7 +150,7 @@ got = reward.judge_batch([(text, hostile.GOLDS[i % 6]) for i, text in enumerate(
 reward.readable_batch(some[:20])
 print(len(some) >= 60, sum(verdict.correct for verdict in got))
 """
-    done = run(code, tmp_path)
+    done = run("-c", code, folder=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True 0\n", "")
     assert list(tmp_path.iterdir()) == []
 
@@ -172,7 +172,7 @@ for text in ["65432+x", "65432.5x", r"\frac{65432}{x}", *hostile.CODE]:
     judge_one(("x+1", text))
 print([text for text in seen if "65432" in text or "HERE" in text])
 """
-    assert run(code, tmp_path).stdout == "[]\n"
+    assert run("-c", code, folder=tmp_path).stdout == "[]\n"
 
 
 def test_a_worker_may_do_nothing_but_answer(tmp_path):
@@ -189,7 +189,7 @@ for action in actions:
     except (OSError, MemoryError) as error:
         os.write(out, type(error).__name__.encode() + b" ")
 """
-    assert run(code, tmp_path).stdout.split() == ["OSError"] * 3 + ["MemoryError", "OSError"]
+    assert run("-c", code, folder=tmp_path).stdout.split() == ["OSError"] * 3 + ["MemoryError", "OSError"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -237,7 +237,7 @@ print(server, [name for name in known if name[:4] in ("RANK", "MAST")], os.getsi
 sys.stdout.flush()
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = run(code, tmp_path, RANK="1", MASTER_ADDR="127.0.0.1")
+    done = run("-c", code, RANK="1", MASTER_ADDR="127.0.0.1")
     server, rest = done.stdout.split(maxsplit=1)
     assert rest == "[] 0\n"
     wait_for_the_end_of(server)
@@ -251,9 +251,9 @@ def test_language_reward(response, wanted):
 
 
 @pytest.mark.parametrize("response, wanted", [
-    (r"So \boxed{5}.", 1), (r"$\boxed{5}$.", 1), ("\\[\\boxed{5}\\]\n", 1), (r"**\boxed{5}**", 1), ("5", 0),
-    (r"\( \boxed{\frac{1}{2}} \)", 1), (r"\boxed 5.", 1), (r"$$\boxed{5} \text{ cm}$$", 0), (r"\boxed{ }", 0),
-    (r"\boxed{5} \boxed{5}", 0), (r"\boxed{}", 0), (r"\boxed{5", 0), ("", 0), (r"\boxed{5}" + " " * 99, 0),
-    (r"\boxed{5} \boxedx", 0), (r"\boxedx \boxed{5}", 1), (r"\boxed{{5}}", 1), (r"\boxed{5} is 5", 0)])
+    (r"$\boxed{5}$.", 1), ("\\[\\boxed{5}\\]\n", 1), (r"**\boxed{5}**", 1), ("5", 0), (r"\boxed{5} is 5", 0),
+    (r"\( \boxed{\frac{1}{2}} \)", 1), (r"\boxed 5.", 1), (r"\boxed{ }", 0), (r"\boxed{5} \boxed{5}", 0),
+    (r"\boxed{}", 0), (r"\boxed{5", 0), (r"\boxed{5}" + " " * 99, 0), (r"\boxed{5} \boxedx", 0),
+    (r"\boxedx \boxed{5}", 1), (r"\boxed{{5}}", 1)])
 def test_format_reward(response, wanted):
     assert format_reward(response) == wanted

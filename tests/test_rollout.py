@@ -10,6 +10,7 @@ from data import Dataset, Sampling, load_processor, request_seed, special_token_
 from model import encode
 from rollout import advance, draw, open_engine
 from test_vllm import largest_difference
+from tiny import make_tiny
 
 T1 = Sampling(1.0, 1.0, 24)
 ROWS = [0, 1, 2, 3, 1, 2, 2]  # of one, no, three and one picture
@@ -17,26 +18,28 @@ SEEDS = [request_seed(1, 0, f"q{i}", 0) for i in range(48)]
 MANY = list(range(100, 260, 20))  # ids that end a response, so many that some do early
 
 
-def open_hf(folder, jsonl):
-    dataset = Dataset(jsonl, *load_processor(folder), 28 * 28, 28224, 512)
+def open_hf(folder, dataset):
     eos, banned = special_token_ids(dataset.tokenizer, folder)
     world = SimpleNamespace(device=torch.device("cpu"))
-    return dataset, open_engine("hf", folder, torch.float32, world, eos, banned, 1024)
+    return open_engine("hf", folder, torch.float32, world, eos, banned, 1024)
 
 
 @pytest.fixture(scope="module")
-def opened(tiny_model_dir, mixed_jsonl):
-    return open_hf(tiny_model_dir, mixed_jsonl)
+def opened(tiny_model_dir, mixed):
+    return mixed, open_hf(tiny_model_dir, mixed)
 
 
-def test_logprobs_are_transformers_with_and_without_pictures(tiny_model_dir, tiny_qwen2_dir, mixed_jsonl):
-    for folder, temperature in ((tiny_model_dir, 0.6), (tiny_qwen2_dir, 1.0)):
-        dataset, engine = open_hf(folder, mixed_jsonl)
-        engine.eos_ids = torch.tensor(MANY)
-        completions = engine.generate(dataset, ROWS, SEEDS[:7], Sampling(temperature, 1.0, 24))
-        assert len({len(c.token_ids) for c in completions}) > 1, "rows left the batch on the way"
-        hf = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-        assert largest_difference(hf, dataset, ROWS, completions, temperature) < 1e-5
+@pytest.mark.parametrize("kind, tied, temperature", [
+    ("qwen2_vl", False, 1.0), ("qwen2_5_vl", True, 0.6), ("qwen3_vl", True, 1.0)])
+def test_logprobs_are_transformers_with_and_without_pictures(kind, tied, temperature, mixed_jsonl, tmp_path):
+    folder = make_tiny(tmp_path, kind, tied)
+    dataset = Dataset(mixed_jsonl, *load_processor(folder), 32 * 32, 28224, 512)
+    engine = open_hf(folder, dataset)
+    engine.eos_ids = torch.tensor(MANY)
+    completions = engine.generate(dataset, ROWS, SEEDS[:7], Sampling(temperature, 1.0, 24))
+    assert len({len(c.token_ids) for c in completions}) > 1, "rows left the batch on the way"
+    hf = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    assert largest_difference(hf, dataset, ROWS, completions, temperature) < 1e-5
 
 
 def test_tokens_depend_on_the_request_alone_not_on_the_batch(opened, monkeypatch):

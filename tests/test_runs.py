@@ -6,11 +6,13 @@ import random
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -23,9 +25,11 @@ import reflection
 from checkpoint import load_trainer
 from configurator import UserError
 from conftest import ROOT
-from data import Dataset, Sampling, load_processor, special_token_ids, step_requests
+from data import Sampling, special_token_ids, step_requests
 from evaluate import evaluate
-from rollout import open_engine
+from test_evaluate import read
+from test_rollout import open_hf
+from tiny import transformers_logprobs
 
 KILLS = int(os.environ.get("NANOMAYE_KILLS", 1))  # of the run that is killed at random moments
 METRICS = """step epoch samples train/accuracy train/score train/groups_without_signal correction/ratio
@@ -42,11 +46,12 @@ EVAL = """step epoch split setting k temperature top_p accuracy n samples_per_pr
 SAMPLES = "step split id image question answer response correct rewards length finish_reason".split()
 
 
-def command(script, *files, ranks=1, hook="", **knobs):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] * (ranks > 1)
+def command(script, *files, ranks=1, hook="", nodes=(), **knobs):
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] * (ranks > 1 or bool(nodes))
+    launcher += ["--nnodes=2", "--master_addr=127.0.0.1", *nodes] if nodes else ["--standalone"] * (ranks > 1)
     flags = [f"--{name}={value}" for name, value in knobs.items()]
-    script = ["tests/patched_run.py", script] if hook else [script]
-    return [sys.executable, *launcher, *script, *map(str, files), *flags]
+    script = ["tests/patched_run.py", script] if hook else [ROOT / script]
+    return [sys.executable, *launcher, *map(str, script), *map(str, files), *flags]
 
 
 def launch(*words, hook="", status=0, **knobs):
@@ -56,8 +61,18 @@ def launch(*words, hook="", status=0, **knobs):
     return done
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def agents(base, ranks, *words, **knobs):
+    """torchrun on two nodes, which share no disk: each runs in a folder of its own, where its out_dir is."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port, started = probe.getsockname()[1], []
+    for node in (0, 1):
+        (base / f"node{node}").mkdir(parents=True, exist_ok=True)
+        argv = command(*words, ranks=ranks, nodes=(f"--node_rank={node}", f"--master_port={port}"), **knobs)
+        with open(base / f"node{node}.log", "w") as log:
+            started.append(subprocess.Popen(argv, cwd=base / f"node{node}", stdout=log, stderr=log,
+                                            env=os.environ | {"OMP_NUM_THREADS": "1"}))
+    return started
 
 
 def logged(out_dir, name="metrics"):
@@ -124,6 +139,9 @@ def runs(common, mixed_jsonl, tiny_jsonl, tmp_path_factory):
     sampled_ahead = common | dict(
         train_data=mixed_jsonl, batch_size=4, samples_per_query=4, minibatch_size=8, rollout_ahead=1,
         correction="truncate", max_steps=5, save_every_steps=2)
+    adapters = common | dict(
+        train_data=mixed_jsonl, batch_size=4, samples_per_query=4, minibatch_size=8, max_steps=3,
+        save_every_steps=2, lora_rank=4, lora_alpha=8, learning_rate=1e-2, kl_loss_coeff=0.01)
     sft_knobs = {key: value for key, value in common.items() if key != "no_eos_score"} | dict(
         train_data=tiny_jsonl, val_data=mixed_jsonl, batch_size=4, max_steps=12, save_every_steps=6,
         max_new_tokens=8, eval_every_epochs=1.33, train_connector=True, learning_rate=1e-2)
@@ -165,6 +183,26 @@ def runs(common, mixed_jsonl, tiny_jsonl, tmp_path_factory):
         launch(*words, out_dir=out_dir, init_from="resume")
         return out_dir, stopped
 
+    def lora():
+        launch("train_rl.py", **adapters, out_dir=base / "lora")
+        return base / "lora"
+
+    def lora_resumed():
+        copy = as_if_killed_after(2, base / "lora", base / "lora2")
+        launch("train_rl.py", **adapters, out_dir=copy, init_from="resume")
+        return copy
+
+    def lora_on_two_ranks():
+        launch("train_rl.py", **adapters, out_dir=base / "lora3", ranks=2)
+        return base / "lora3"
+
+    def one_node_refuses():
+        """Its out_dir holds a run."""
+        (base / "half/node1/out").mkdir(parents=True)
+        (base / "half/node1/out/metrics.jsonl").touch()
+        both = agents(base / "half", 1, "train_sft.py", **sft_knobs, out_dir="out")
+        return [agent.wait(100) for agent in both]
+
     def ahead():
         launch("train_rl.py", **sampled_ahead, out_dir=base / "ahead")
         return base / "ahead"
@@ -197,38 +235,39 @@ def runs(common, mixed_jsonl, tiny_jsonl, tmp_path_factory):
         launch("train_sft.py", **sft_knobs, out_dir=base / "sft")
         return base / "sft"
 
-    def sft_resumed_by_two_ranks():
-        copy = as_if_killed_after(6, base / "sft", base / "sft2")
-        launch("train_sft.py", **sft_knobs, out_dir=copy, init_from="resume", ranks=2)
+    def sft_on_two_nodes():
+        """Of two processes each."""
+        for agent in agents(base / "sft2", 2, "train_sft.py", **sft_knobs, out_dir="out"):
+            assert agent.wait(300) == 0, (base / "sft2/node0.log").read_text()[-4000:]
+        return base / "sft2/node0/out"
+
+    def sft_resumed_on_one_node():
+        copy = as_if_killed_after(6, base / "sft2/node0/out", base / "sft3")
+        launch("train_sft.py", **sft_knobs, out_dir=copy, init_from="resume")
         return copy
 
+    def agent_killed():
+        """(how the other ended, what it said)."""
+        killed, other = agents(base / "killed", 1, "train_sft.py", **sft_knobs | dict(max_steps=10**6),
+                               out_dir="out")
+        while not (log := base / "killed/node0/out/metrics.jsonl").exists() or len(read(log)) < 3:
+            assert other.poll() is killed.poll() is None
+            time.sleep(0.1)
+        killed.kill()
+        return other.wait(60), (base / "killed/node1.log").read_text()
+
     def sft_finished():
-        copy = shutil.copytree(base / "sft", base / "sft3", symlinks=True)
+        copy = shutil.copytree(base / "sft", base / "sft4", symlinks=True)
         launch("train_sft.py", **sft_knobs, out_dir=copy, init_from="resume")
         return copy
 
     with ThreadPoolExecutor(2) as pool:
-        acts = (whole, ahead, sft, stopped_and_killed, two_ranks, ahead_resumed_by_two_ranks,
-                sft_resumed_by_two_ranks, three_ranks, not_finite, objectives, disagreement, sft_finished)
+        acts = (whole, ahead, sft, lora, stopped_and_killed, two_ranks, ahead_resumed_by_two_ranks,
+                sft_on_two_nodes, three_ranks, sft_resumed_on_one_node, agent_killed, not_finite, objectives,
+                lora_resumed, lora_on_two_ranks, one_node_refuses, disagreement, sft_finished)
         futures = {act.__name__: pool.submit(act) for act in acts}
         yield lambda name: futures[name].result()
         pool.shutdown(cancel_futures=True)
-
-
-@pytest.fixture(scope="module")
-def world():
-    yield distributed.start()
-    torch.distributed.destroy_process_group()
-
-
-def open_hf(folder, world, dataset):
-    return open_engine("hf", folder, torch.float32, world,
-                       *special_token_ids(dataset.tokenizer, folder), 4096)
-
-
-@pytest.fixture(scope="module")
-def dataset(tiny_model_dir, mixed_jsonl):
-    return Dataset(mixed_jsonl, *load_processor(tiny_model_dir), 3136, 28224, 2048)
 
 
 def test_metrics_eval_and_samples_have_the_promised_names_and_null_for_what_is_missing(runs):
@@ -265,25 +304,19 @@ def test_tensorboard_has_the_scalars(runs):
     assert [e.step for e in events.Scalars("eval/validation/pass@8 T=1 top_p=1")] == [0, 2, 4, 5]
 
 
-def test_a_checkpoint_opens_in_transformers_and_gives_the_trainers_logits(runs, common, dataset, world):
+def test_a_checkpoint_opens_in_transformers_and_gives_the_trainers_logits(runs, common, mixed, world):
     """The trainer's own float32 weights, from its shards; the folder in the hub's format, over pixels."""
     out_dir, _ = runs("whole")
     hf = AutoModelForImageTextToText.from_pretrained((out_dir / "checkpoints/latest").resolve())
-    banned, response = special_token_ids(dataset.tokenizer, "")[1], [40, 41, 42, 2]
+    banned, response = special_token_ids(mixed.tokenizer, "")[1], [40, 41, 42, 2]
     policy, _ = model.load_policy(common["model"], world, torch.float32, banned, True, True, True)
     untrained = [p.detach().full_tensor().clone() for p in policy.parameters()]
     assert load_trainer(out_dir, policy, torch.optim.AdamW(policy.parameters())) == 5
     assert not any(torch.equal(p.full_tensor(), old) for p, old in zip(policy.parameters(), untrained))
-    for row, query in model.encode(None, dataset, range(4)).items():
+    for row, query in model.encode(None, mixed, range(4)).items():
         logprobs, _ = policy([model.make_sequence(query, response)], 1.0)
-        ids, pictures = torch.tensor([query.ids + response]), dataset.query(row).images
-        if pictures:
-            pictures = dataset.image_processor(images=pictures, do_resize=False, return_tensors="pt")
-        with torch.no_grad():
-            types = (ids == hf.config.image_token_id).int()
-            logits = hf(input_ids=ids, mm_token_type_ids=types, **dict(pictures)).logits[0, -5:-1]
-        expected = logits.index_fill(1, torch.tensor(banned), -torch.inf).log_softmax(-1)
-        torch.testing.assert_close(logprobs[0], expected[range(4), response], atol=1e-5, rtol=0)
+        expected = transformers_logprobs(hf, mixed, row, response)[range(4), response]
+        torch.testing.assert_close(logprobs[0], expected, atol=1e-5, rtol=0)
 
 
 def test_a_repeated_run_stopped_by_sigterm_and_killed_equals_the_unbroken_one(runs):
@@ -306,14 +339,14 @@ def test_the_gradient_depends_neither_on_ranks_nor_on_micro_batches(runs, name):
         assert (ours[key] - gradient).abs().max() / scale < 1e-5
 
 
-def test_sampling_ahead_uses_weights_a_step_old_and_resumes_on_two_ranks(runs, common, dataset, world):
+def test_sampling_ahead_uses_weights_a_step_old_and_resumes_on_two_ranks(runs, common, mixed, world):
     """Step 2 is sampled by step 1's first weights, step 4 by step 3's: those of the checkpoint of step 2."""
     out_dir = runs("ahead")
     second = str(out_dir / "checkpoints/step_000002")
     for step, folder in ((1, common["model"]), (2, common["model"]), (3, second), (4, second)):
-        rows, seeds = step_requests(step, dataset, 0, 4, 4, world)
-        completions = open_hf(folder, world, dataset).generate(dataset, rows, seeds, Sampling(1.0, 1.0, 24))
-        expected = sorted((dataset.samples[row].id, dataset.tokenizer.decode(c.token_ids, True))
+        rows, seeds = step_requests(step, mixed, 0, 4, 4, world)
+        completions = open_hf(folder, mixed).generate(mixed, rows, seeds, Sampling(1.0, 1.0, 24))
+        expected = sorted((mixed.samples[row].id, mixed.tokenizer.decode(c.token_ids, True))
                           for row, c in zip(rows, completions))
         samples = [row for row in logged(out_dir, "samples") if row["step"] == step]
         assert expected == sorted((row["id"], row["response"]) for row in samples)
@@ -321,6 +354,34 @@ def test_sampling_ahead_uses_weights_a_step_old_and_resumes_on_two_ranks(runs, c
     close(runs("ahead_resumed_by_two_ranks"), out_dir)
     stale = [row["rollout/logprob_diff"] > 1e-4 for row in logged(out_dir)]
     assert stale == [False, True, False, True, False], "none is in flight over a checkpoint"
+
+
+def test_lora_resumes_and_is_the_same_on_two_ranks(runs):
+    same(runs("lora_resumed"), runs("lora"))
+    close(runs("lora_on_two_ranks"), runs("lora"))
+    rows = logged(runs("lora"))
+    assert all(row["rollout/logprob_diff"] < 1e-4 for row in rows), "the engine gets merged weights"
+    assert rows[0]["rollout/kl"] == 0 < 1e-4 < rows[2]["rollout/kl"], "of the policy without its adapters"
+
+
+def test_a_checkpoint_of_another_rank_or_of_the_first_node_alone_is_refused(runs, common, world, monkeypatch):
+    policy, _ = model.load_policy(common["model"], world, torch.float32, [], lora_rank=8, lora_alpha=8)
+    with pytest.raises(UserError, match=r"rank and alpha of LoRA are \(8, 8\), but \[4, 8\]"):
+        load_trainer(runs("lora"), policy, None)
+    newest_and_oldest = iter([3, 0])
+    monkeypatch.setattr("checkpoint.all_max", lambda step: next(newest_and_oldest))
+    with pytest.raises(UserError, match="nodes have checkpoints of steps 0 to 3"):
+        load_trainer(runs("lora"), policy, None)
+
+
+def test_peft_opens_the_adapters_and_gives_the_merged_models_logits(runs, tiny_model_dir):
+    checkpoint = (runs("lora") / "checkpoints/latest").resolve()
+    base, merged = map(AutoModelForImageTextToText.from_pretrained, (tiny_model_dir, checkpoint))
+    ids = torch.arange(8, 40)[None]
+    plain, expected = base(input_ids=ids).logits, merged(input_ids=ids).logits
+    adapted = peft.PeftModel.from_pretrained(base, checkpoint / "adapter")(input_ids=ids).logits
+    assert (expected - plain).abs().max() > 0.01
+    torch.testing.assert_close(adapted, expected, atol=1e-5, rtol=0)
 
 
 def test_updates_that_are_not_finite_are_left_out_and_counted(runs):
@@ -357,7 +418,9 @@ def run_main(monkeypatch, script, **knobs):
     """The script in this process, up to where it would start."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # configure() sets it
     monkeypatch.setattr(sys, "argv", command(script, **knobs)[1:])
-    monkeypatch.setattr(distributed, "start", lambda: pytest.fail("went on to load the model"))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    monkeypatch.setattr("distributed.start", lambda: distributed.World(0, size, 0, size, None, None))
+    monkeypatch.setattr("checkpoint.Stop", lambda: pytest.fail("went on to load the model"))
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
@@ -373,6 +436,7 @@ def test_wrong_knobs_are_errors_before_any_model(common, tiny_jsonl, tmp_path, m
             (dict(init_from="scratch"), "init_from must be one of 'pretrained', 'resume', got 'scratch'"),
             (dict(logger="paper"), "logger must be one of 'none', 'tensorboard', 'wandb', got 'paper'"),
             (dict(epochs=0), "epochs must be at least 1, got 0"), (dict(train_llm=False), "nothing to train"),
+            (dict(lora_rank=8, train_vit=True), "lora_rank trains the language model alone"),
             (dict(batch_size=24), "12 rows do not fill one batch, batch_size=24")]:
         for script, knobs in (("train_rl.py", dict(minibatch_size=4)), ("train_sft.py", {})):
             with pytest.raises(UserError, match=re.escape(said)):
@@ -396,16 +460,23 @@ def test_wrong_knobs_are_errors_before_any_model(common, tiny_jsonl, tmp_path, m
     assert not (tmp_path / "out").exists(), "nothing was written"
 
 
-def test_sft_learns_evaluates_and_resumes_the_same_on_two_ranks(runs, dataset, world):
+def test_sft_learns_evaluates_and_is_the_same_on_two_nodes_and_resumed_on_one(runs, mixed, world):
     out_dir = runs("sft")
     rows, evals = logged(out_dir), logged(out_dir, "eval")
     assert rows[-1]["policy/loss"] < 0.5 * rows[0]["policy/loss"] and len(rows) == 12
     assert [(row["step"], row["epoch"], row["k"]) for row in evals] == [
         (step, step / 3, k) for step in (0, 4, 8, 12) for k in (8, 1, 1)], "1.33 of 3 steps an epoch"
-    close(runs("sft_resumed_by_two_ranks"), out_dir)
-    again, _ = evaluate(open_hf(f"{out_dir}/checkpoints/latest", world, dataset), dataset, 8, 0, world)
+    close(runs("sft_on_two_nodes"), out_dir)
+    close(runs("sft_resumed_on_one_node"), out_dir)
+    again, _ = evaluate(open_hf(f"{out_dir}/checkpoints/latest", mixed), mixed, 8, 0, world)
     last = [row for row in evals if row["step"] == 12]
     assert [{**row, "step": 12, "epoch": 4, "split": "validation"} for row in again] == last
+
+
+def test_a_node_whose_agent_is_killed_or_that_refuses_to_start_ends_the_other(runs):
+    status, said = runs("agent_killed")
+    assert status == 1 and ("closed by peer" in said or "reset by peer" in said)
+    assert runs("one_node_refuses") == [1, 1]
 
 
 def test_a_finished_run_has_nothing_left_to_do(runs):

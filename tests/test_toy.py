@@ -1,11 +1,9 @@
-"""The toy's splits, solutions and pictures, its committed base model, and the config files."""
+"""The toy's splits, solutions and pictures, and its committed base model."""
 import ast
 import hashlib
-import importlib
 import json
 import random
 import re
-import shlex
 
 import pytest
 from PIL import Image, ImageChops
@@ -111,16 +109,3 @@ def test_committed_base_loads_and_its_tokenizer_is_the_one_that_make_base_builds
     assert [tokenizer.decode(i) for i in tokenizer.encode("I read 12.")] == ["I", " read", " ", "1", "2", "."]
     longest = make_base.checked_solution("path", [9, 8, 7, 9], slip=(2, 1))
     assert len(tokenizer.encode(longest)) < 96  # max_new_tokens of config/toy.py, EOS included
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
-def test_commands_of_a_config_file_set_knobs_that_their_script_has(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("sys.excepthook", None)  # configure() puts its own there
-    header = ast.get_docstring(ast.parse(path.read_text())).replace("\\\n", " ")
-    commands = re.findall(rf"(train_\w+)\.py (config/{path.name}.*)", header)
-    assert commands
-    for script, arguments in commands:
-        knobs = dict(vars(importlib.import_module(script)))
-        config = configurator.configure(knobs, shlex.split(arguments, comments=True))
-        assert config["out_dir"].startswith(f"out/{path.stem}") and config["train_data"]

@@ -15,14 +15,14 @@ from transformers import AutoModelForImageTextToText
 import rollout_vllm
 from configurator import UserError
 from data import Dataset, Sampling, load_processor, request_seed, special_token_ids
-from distributed import World, start
-from model import full_name
+from distributed import World
 from rollout_vllm import VLLMEngine, engine_environment
-from tiny import make_tiny
+from tiny import make_tiny, transformers_logprobs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 T1 = Sampling(1.0, 1.0, 24)
-ALL = ("model.", "visual.", "lm_head.")  # what hub names begin with
+LANGUAGE = ("model.language_model.", "lm_head.")  # what names begin with
+ALL = (*LANGUAGE, "model.visual.")
 pytestmark = pytest.mark.skipif(  # CI says that it must be there: then all fail without it
     importlib.util.find_spec("vllm") is None and os.environ.get("NANOMAYE_VLLM") != "required",
     reason="vLLM is not installed (requirements-vllm.txt)")
@@ -53,21 +53,24 @@ trainer_init = Group
 """
 NCCL_COMMON = "vllm.distributed.weight_transfer.nccl_common"
 SERVER = f"""
-import runpy, sys
+import runpy, sys, vllm
 sys.path[:0] = [{str(ROOT)!r}]
 import group
 sys.modules[{NCCL_COMMON!r}] = group
+
+
+def noted(method):
+    def call(*args, **kwargs):
+        words = [method.__name__, *(str(x) for x in kwargs.values() if isinstance(x, (int, list)))]
+        print(*words, file=open(__file__ + ".calls", "a"))
+        return method(*args, **kwargs)
+    return call
+
+
+for name in "sleep", "wake_up", "collective_rpc", "generate":
+    setattr(vllm.LLM, name, noted(getattr(vllm.LLM, name)))
 runpy.run_path({rollout_vllm.__file__!r}, run_name="__main__")
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment():
-    """Of the servers and scripts that are started here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -91,20 +94,15 @@ def dataset(mixed_jsonl, model_dir):
 
 
 @pytest.fixture(scope="module")
-def world():
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    yield start()
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def engine(model_dir, dataset, world, environment, tmp_path_factory):
+def engine(model_dir, dataset, world, tmp_path_factory):
+    """As on a GPU that trains too: it sleeps between requests. The CPU build frees nothing then, but samples
+    nothing either until all is awake."""
     folder = tmp_path_factory.mktemp("server")
     (folder / "group.py").write_text(GROUP)
     (folder / "server.py").write_text(SERVER)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollout_vllm, "__file__", str(folder / "server.py"))
+        patch.setattr(rollout_vllm, "shares_gpu", lambda world: True)
         engine = open_vllm(model_dir, world, dataset)
     yield engine
     engine.close()
@@ -117,14 +115,14 @@ def model(model_dir):
     return AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32)
 
 
-def seeds(n, step=0):
-    return [request_seed(0, step, "x", k) for k in range(n)]
+def seeds(n):
+    return [request_seed(0, 0, "x", k) for k in range(n)]
 
 
 def named(model, prefixes=ALL):
-    """[(hub name, tensor)], a tied head by its own name too."""
-    pairs = [(full_name(name), p.detach()) for name, p in model.named_parameters(remove_duplicate=False)]
-    return [(name, p) for name, p in pairs if name.startswith(prefixes)]
+    """[(name, tensor)], a tied head by its own name too."""
+    pairs = model.named_parameters(remove_duplicate=False)
+    return [(name, p.detach()) for name, p in pairs if name.startswith(prefixes)]
 
 
 def perturb(model, seed, prefixes=ALL):
@@ -134,20 +132,12 @@ def perturb(model, seed, prefixes=ALL):
         p.add_(0.1 * torch.randn_like(p))
 
 
-@torch.no_grad()
 def largest_difference(model, dataset, rows, completions, temperature=1.0):
     """Of the engine's log-probabilities from those of transformers' own forward over the pixels; nats."""
     differences = []
-    for row, completion in zip(rows, completions):
-        query = dataset.query(row)
-        ids = torch.tensor([query.ids + completion.token_ids])
-        pixels = dataset.image_processor(images=query.images, return_tensors="pt") if query.images else {}
-        types = (ids == model.config.image_token_id).int()
-        logits = model(input_ids=ids, mm_token_type_ids=types, **pixels).logits[0, len(query.ids) - 1:-1]
-        logits = logits / temperature
-        logits[:, special_token_ids(dataset.tokenizer, "")[1]] = -torch.inf
-        expected = logits.log_softmax(-1).gather(-1, ids[0, len(query.ids):, None])[:, 0]
-        differences.append((torch.tensor(completion.logprobs) - expected).abs().max())
+    for row, (ids, logprobs, _) in zip(rows, completions):
+        expected = transformers_logprobs(model, dataset, row, ids, temperature)[range(len(ids)), ids]
+        differences.append((torch.tensor(logprobs) - expected).abs().max())
     return torch.stack(differences).max().item()  # unlike Python's max, it lets no NaN pass
 
 
@@ -176,8 +166,6 @@ def test_tokens_depend_on_the_seed_alone(engine, dataset):
     assert [c.token_ids for c in again] == [c.token_ids for c in first]
     alone = [engine.generate(dataset, [row], [seed], T1)[0] for row, seed in list(zip(rows, seeds(8)))[:3]]
     assert [c.token_ids for c in alone] == [c.token_ids for c in first[:3]]
-    other = engine.generate(dataset, rows, seeds(8, step=1), T1)
-    assert not any(a.token_ids == b.token_ids for a, b in zip(first, other))
     assert engine.generate(dataset, [], [], T1) == []
 
 
@@ -206,7 +194,7 @@ def test_no_vision_token_is_sampled_and_the_first_eos_ends_a_response(engine, da
         assert (c.token_ids[-1] in eos_ids) == (c.finish_reason == "stop")
 
 
-@pytest.mark.parametrize("prefixes", [ALL, ("model.", "lm_head."), ("visual.merger.",)])
+@pytest.mark.parametrize("prefixes", [ALL, LANGUAGE, ("model.visual.merger.",)])
 def test_new_weights_reach_the_engine(engine, dataset, model, prefixes):
     """Of all of the model, of the language model, of the connector."""
     rows = [0, 1, 2, 3]
@@ -219,13 +207,30 @@ def test_new_weights_reach_the_engine(engine, dataset, model, prefixes):
     assert largest_difference(model, dataset, rows, new) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.self_attn.k_proj.weight", "lm_head.weight"])
-def test_a_missing_tensor_is_refused(engine, model, name):
-    with pytest.raises(ValueError, match=f"1 tensors are missing, such as {name}"):
-        engine.load_weights((each, tensor) for each, tensor in named(model) if each != name)
+def test_an_engine_that_shares_its_gpu_sleeps_until_it_is_needed(engine, dataset, model, monkeypatch):
+    calls = pathlib.Path(engine.server.args[1] + ".calls")
+    calls.unlink()
+    engine.load_weights(iter(named(model)))
+    engine.generate(dataset, [0], seeds(1), T1)
+    with monkeypatch.context() as patch:  # a step that fails: the request after it wakes what it needs
+        patch.setattr(dataset, "ids", lambda row: [])
+        with pytest.raises(ValueError):
+            engine.generate(dataset, [0], seeds(1), T1)
+    engine.load_weights(iter(named(model)))
+    engine.load_weights(iter(named(model)))
+    assert calls.read_text().splitlines() == [
+        "wake_up ['weights']", "collective_rpc", "wake_up ['kv_cache']", "generate False", "sleep 1",
+        "wake_up ['weights', 'kv_cache']", "generate False", "sleep 1",
+        "wake_up ['weights']", "collective_rpc", "collective_rpc"]
 
 
-def test_new_weights_go_the_way_that_a_gpu_takes(engine, dataset, model, environment):
+def test_missing_tensors_are_refused_a_tied_head_too(engine, model):
+    left_out = "lm_head.weight", "model.language_model.layers.1.self_attn.k_proj.weight"
+    with pytest.raises(ValueError, match="2 tensors are missing, such as lm_head.weight"):
+        engine.load_weights((name, tensor) for name, tensor in named(model) if name not in left_out)
+
+
+def test_new_weights_go_the_way_that_a_gpu_takes(engine, dataset, model):
     """All but NCCL itself. From here on, this server takes weights in no other way."""
     sys.path.insert(0, str(pathlib.Path(engine.server.args[1]).parent))
     import group
@@ -298,17 +303,37 @@ def test_the_engine_takes_the_gpu_behind_those_that_train(monkeypatch):
         values = engine_environment(World(0, 1, 0, processes, None, torch.device("cuda", 0)), trains)
         assert "LOCAL_RANK" not in values
         return values["CUDA_VISIBLE_DEVICES"]
-    assert (gpu(2, 3, True), gpu(1, 3, False), gpu(1, 1, False)) == ("6", "5", "4")
+    assert (gpu(2, 3, True), gpu(1, 3, False), gpu(1, 1, False), gpu(1, 1, True)) == ("6", "5", "4", "4")
     with pytest.raises(UserError, match="needs a GPU for vLLM after the 3 that train, but 3"):
         gpu(3, 3, True)
 
 
-def test_runs_keep_engine_and_trainer_together(mixed_jsonl, tmp_path):
-    """train_rl.py with an untied Qwen2-VL: two ranks with their one engine, then one that samples ahead."""
+def test_new_weights_reach_an_untied_qwen2(mixed_jsonl, world, tmp_path):
     folder = make_tiny(tmp_path / "untied", "qwen2_vl", tied=False, hidden=64)
+    compare_with_transformers(folder, mixed_jsonl, world, change=1)
+
+
+def compare_with_transformers(folder, jsonl, world, change=0):
+    """Of a model that vLLM opens, with a change of its weights that it is given: the log-probabilities."""
+    dataset = Dataset(jsonl, *load_processor(folder), 32 * 32, 200704, 512)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    engine = open_vllm(folder, world, dataset)
+    if change:
+        perturb(model, change)
+        engine.load_weights(iter(named(model)))
+    completions = engine.generate(dataset, [0, 1, 2, 3], seeds(4), T1)
+    engine.close()
+    assert largest_difference(model, dataset, [0, 1, 2, 3], completions) < 1e-4
+
+
+def test_runs_keep_engine_and_trainer_together(mixed_jsonl, world, tmp_path):
+    """train_rl.py with an untied Qwen3-VL, all of which is trained: two ranks with their one engine, then one
+    that samples ahead; vLLM opens the checkpoint."""
+    folder = make_tiny(tmp_path / "untied", "qwen3_vl", tied=False, hidden=64)
     knobs = f"""--model={folder} --train_data={mixed_jsonl} --val_data={mixed_jsonl} --rollout=vllm
-        --batch_size=8 --minibatch_size=4 --max_new_tokens=32 --max_prompt_tokens=512 --min_pixels=784
-        --max_pixels=200704 --max_steps=3 --learning_rate=1e-2 --no_eos_score=0
+        --batch_size=8 --minibatch_size=4 --max_new_tokens=32 --max_prompt_tokens=512 --min_pixels=1024
+        --max_pixels=200704 --max_steps=3 --learning_rate=1e-2 --no_eos_score=0 --train_vit=True
+        --train_connector=True
         --language_reward_coeff=1""".split()
     runs = {"two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_rl.py",
                     "--eval_every_epochs=3"],
@@ -328,3 +353,4 @@ def test_runs_keep_engine_and_trainer_together(mixed_jsonl, tmp_path):
     first = [{row["id"]: row["response"] for row in rows if (row["step"], row["split"]) == (1, "train")}
              for rows in (of_two, of_ahead)]
     assert len(first[0]) == 8 and first[0] == first[1], "the same tokens, whichever rank asks for them"
+    compare_with_transformers(str(tmp_path / "two/checkpoints/step_000003"), mixed_jsonl, world)

@@ -8,6 +8,8 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrain
 from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from data import special_token_ids
+
 SPECIAL = [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end",
                                       "vision_pad", "image_pad", "video_pad")]
 CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -26,12 +28,12 @@ def make_tokenizer():
                                    additional_special_tokens=SPECIAL, chat_template=CHAT_TEMPLATE)
 
 
-def tiny_config(kind, tied, tokenizer, vocab_size=0, hidden=32, layers=2):
-    """The config for a tokenizer; vocab_size 0: one more than its own, 265, which neither 2 nor 3 divide."""
+def tiny_config(kind, tied, tokenizer, hidden):
+    """The config for a tokenizer; vocab_size: one more than its own, 265, which neither 2 nor 3 divide."""
     eot, _, eos, start, end, _, image, video = tokenizer.convert_tokens_to_ids(SPECIAL)
     rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, hidden // 4 - 5])
-    text = dict(vocab_size=vocab_size or len(tokenizer) + 1, hidden_size=hidden, intermediate_size=2 * hidden,
-                num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1, rope_parameters=rope,
+    text = dict(vocab_size=len(tokenizer) + 1, hidden_size=hidden, intermediate_size=2 * hidden,
+                num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, rope_parameters=rope,
                 max_position_embeddings=8192, tie_word_embeddings=tied, bos_token_id=eot, eos_token_id=eos,
                 pad_token_id=eot)
     vision = dict(depth=2, num_heads=2, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
@@ -42,7 +44,7 @@ def tiny_config(kind, tied, tokenizer, vocab_size=0, hidden=32, layers=2):
         vision |= dict(window_size=56, fullatt_block_indexes=[1])
         return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **common)
     if kind == "qwen3_vl":  # heads of 32, whatever hidden is; to the third layer comes no deepstack feature
-        text |= dict(head_dim=32, num_hidden_layers=layers + 1)
+        text |= dict(head_dim=32, num_hidden_layers=3)
         text["rope_parameters"] = rope | dict(mrope_section=[6, 5, 5], mrope_interleaved=True)
         vision |= dict(hidden_size=32, intermediate_size=64, out_hidden_size=hidden, patch_size=16)
         vision |= dict(depth=3, deepstack_visual_indexes=[0, 2], num_position_embeddings=16)
@@ -62,15 +64,15 @@ def flatten(path):
     path.write_text(json.dumps(text | config), encoding="utf-8")
 
 
-def make_tiny(folder, kind="qwen2_5_vl", tied=True, vocab_size=0, hidden=32, layers=2, seed=0):
-    """The folder's path as str; weights normal with std 0.2 so that no distribution is flat."""
+def make_tiny(folder, kind, tied, hidden=32):
+    """The folder's path as str; weights and biases normal with std 0.2 so that no distribution is flat."""
     folder, tokenizer = pathlib.Path(folder), make_tokenizer()
-    config = tiny_config(kind, tied, tokenizer, vocab_size, hidden, layers)
-    torch.manual_seed(seed)
+    config = tiny_config(kind, tied, tokenizer, hidden)
+    torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() > 1:
+        for name, p in model.named_parameters():
+            if p.dim() > 1 or name.endswith("bias"):
                 p.normal_(0, 0.2)
     eos, pad = config.text_config.eos_token_id, config.text_config.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=[eos, pad], pad_token_id=pad)
@@ -82,3 +84,16 @@ def make_tiny(folder, kind="qwen2_5_vl", tied=True, vocab_size=0, hidden=32, lay
     Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2, temporal_patch_size=2, size=dict(
         shortest_edge=28 * 28, longest_edge=1280 * 28 * 28)).save_pretrained(folder)
     return str(folder)
+
+
+@torch.no_grad()
+def transformers_logprobs(hf, dataset, row, response, temperature=1.0):
+    """(n, V) of n response tokens by transformers alone: its positions, its tower over pixels, no packing."""
+    query = dataset.query(row)
+    ids, pictures = torch.tensor([query.ids + response]), {}
+    if query.images:
+        pictures = dataset.image_processor(images=query.images, do_resize=False, return_tensors="pt")
+    types = (ids == hf.config.image_token_id).int()
+    logits = hf(input_ids=ids, mm_token_type_ids=types, **pictures).logits[0, len(query.ids) - 1:-1]
+    logits[:, special_token_ids(dataset.tokenizer, "")[1]] = -torch.inf
+    return (logits / temperature).log_softmax(-1)
