@@ -55,8 +55,8 @@ class Stop:
 def check_trainer(config):
     """UserError for what both trainers refuse before anything slow."""
     check_at_least(config, 1, "batch_size", "epochs", "max_new_tokens", "max_prompt_tokens",
-                   "max_tokens_per_microbatch")
-    check_at_least(config, 0, "lora_rank", "lora_alpha")
+                   "max_tokens_per_microbatch", "lora_alpha")
+    check_at_least(config, 0, "lora_rank")
     one_of(config, "init_from", "pretrained", "resume")
     one_of(config, "logger", "none", "tensorboard", "wandb")
     out_dir, logger = config["out_dir"], config["logger"]

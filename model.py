@@ -231,7 +231,7 @@ class Policy(torch.nn.Module):
         embeds = self.language_model.embed_tokens(ids)  # (T, H)
         # features belong to the query; an image token in a response would be plain text
         slots = (ids == self.image_token_id) & in_query
-        embeds, deepstack = self.place_pictures(embeds, slots, sequences)
+        embeds, deepstack = self.embed_pictures(embeds, slots, sequences)
         extra = dict(visual_pos_masks=slots[None], deepstack_visual_embeds=deepstack) if deepstack else {}
         out = self.language_model(inputs_embeds=embeds[None], position_ids=positions[:, None],
                                   use_cache=False, lengths=lengths, **extra)
@@ -246,8 +246,8 @@ class Policy(torch.nn.Module):
         rows = torch.zeros(mask.shape, dtype=torch.float32, device=device)
         return rows.masked_scatter(mask, logprobs), rows.masked_scatter(mask, entropy)
 
-    def place_pictures(self, embeds, slots, sequences):
-        """place_features of the sequences' pictures, by the policy's own tower if it has one."""
+    def embed_pictures(self, embeds, slots, sequences):
+        """place_features with the sequences' features, which the policy's tower makes here if it has one."""
         features = [f for s in sequences for f in s.features]
         if self.visual is not None:
             features = tower_features(self.visual, sequences)
@@ -290,7 +290,8 @@ def response_logprobs(policy, sequences, max_tokens, temperature, adapters=True)
 
 def merge(weight, A, B, scale):
     """W + scale * B A (out, in) in W's dtype. The forward multiplies by it and the engine gets it, so both
-    have the same policy. In bfloat16 the first updates round away, as in full training at its rates."""
+    have the same policy. In bfloat16 an update below half a step of W's shows once more have added up, as
+    with float32 master weights."""
     return torch.addmm(weight, B.to(weight.dtype), A.to(weight.dtype), alpha=scale)
 
 
@@ -329,8 +330,8 @@ class LoRALinear(torch.nn.Module):
 
 
 def add_adapters(policy, dtype, rank, alpha):
-    """Freezes the policy, in dtype, and has every linear layer of its language model train two float32
-    matrices."""
+    """Freezes the policy, in dtype, and has every linear layer within its language model's blocks (not the
+    head) train two float32 matrices."""
     policy.requires_grad_(False).to(dtype)
     policy.lora = rank, alpha
     for layer in policy.language_model.layers:
@@ -465,7 +466,7 @@ def load_policy(folder, world, dtype, banned_ids, train_llm=True, train_connecto
     lora_rank > 0 trains adapters instead of the language model, whose weights are then kept in dtype alone.
 
     Weights are sharded over the processes of a node, and every node has them all: what goes between nodes is
-    gradients, each process's shard of them once a backward."""
+    gradients, each process's shard of them once a micro-batch."""
     config, weights = load_config(folder), open_weights(folder)
     with torch.device("meta"):  # shapes and no storage
         hf = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation={
@@ -512,7 +513,7 @@ def gather_weights(policy, dtype, trained_only=True):
         if "lora_" in name or trained_only and not (parameter.requires_grad or adapted):
             continue
         full = parameter.detach().full_tensor().to(dtype)
-        if (module := adapted.get(name)) is not None:
+        if module := adapted.get(name):
             full = merge(full, module.lora_A.detach().full_tensor(), module.lora_B.detach().full_tensor(),
                          module.scale)
         yield name_in_memory(name), full

@@ -8,8 +8,9 @@ This file is both ends of two pipes. VLLMEngine stands in the trainer: a node's 
                                          GPU of its own by NCCL), then []; answered once vLLM has them
 
 Pictures do not travel, the server opens them itself. It dies with its parent, and an error of vLLM's ends it.
-Where a machine's only GPU trains, the server shares it: it opens first, and once it has opened or sampled it
-sleeps, its weights in the host's memory, its cache nowhere, until a request needs the one or the other.
+Where a machine's only GPU trains, the server shares it: vLLM opens before the trainer does, and sleeps after
+that and after sampling: weights move to the host, the cache is dropped. Loading wakes the weights, sampling
+wakes both.
 """
 import ctypes
 import importlib.util
@@ -60,7 +61,11 @@ class VLLMEngine:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr,
                 start_new_session=True,  # Ctrl-C is for the trainer, which finishes its step first
                 preexec_fn=lambda: libc.prctl(1, signal.SIGKILL))  # PR_SET_PDEATHSIG: it ends when we do
-        if self.shared:  # vLLM measures what is free: nobody else may allocate meanwhile
+        self.sleep()  # vLLM measures what is free: nobody else may allocate meanwhile
+
+    def sleep(self):
+        """The memory of a shared GPU is the trainer's from here on, until the next request."""
+        if self.shared:
             self.tell("sleep")
             self.answer()
 
@@ -125,7 +130,9 @@ class VLLMEngine:
         """The Completions of the rows that start got, in their order. A collective; waits for the server."""
         responses = {}
         dataset, self.dataset = self.dataset, None
-        for row, (ids, several) in zip(self.seeds, self.answer()):
+        answer = self.answer()
+        self.sleep()
+        for row, (ids, several) in zip(self.seeds, answer):
             if ids != dataset.ids(row):
                 raise ValueError(f"sample {dataset.samples[row].id}: vLLM's prompt is not the trainer's "
                                  f"(chat template, size of a picture?): {ids} against {dataset.ids(row)}")
@@ -138,12 +145,12 @@ class VLLMEngine:
         A collective. ValueError unless each part of the model that they are of is whole; the engine is spoilt
         then, and the run should end."""
         assert self.dataset is None, "the engine is sampling: collect first"
+        if self.shared:
+            torch.cuda.empty_cache()
         if self.leader:
             if self.device.type == "cuda" and self.nccl is None and not self.shared:  # NCCL: a rank a GPU
                 self.nccl = self.meet()
             self.tell("load_weights")
-        if self.shared:
-            torch.cuda.empty_cache()
         names = set()
         for name, tensor in named_tensors:  # a collective of its own: run to its end
             names.add(name)
@@ -200,7 +207,7 @@ class Server:
     def __init__(self, model_dir, dtype, eos_ids, banned_ids, max_model_len, gpu_memory_utilization, shared):
         from vllm import LLM
         self.eos_ids, self.banned_ids, self.nccl = eos_ids, banned_ids, None
-        self.shared, self.asleep = shared, set()  # asleep: the parts of vLLM's memory that it has given away
+        self.asleep = set()  # parts of vLLM's memory
         # no prompt in pieces on a CPU: a request with a seed then fails ("CPU Generator does not use offset")
         settings = dict(enforce_eager=True, enable_chunked_prefill=False, enable_prefix_caching=False,
                         max_num_batched_tokens=max(8192, max_model_len))
@@ -218,14 +225,12 @@ class Server:
             mm_processor_kwargs=dict(size=dict(shortest_edge=token, longest_edge=token * max_model_len)))
 
     def sleep(self):
-        """vLLM gives its memory on a shared GPU away, until wake."""
-        if self.shared:
-            self.llm.sleep(level=1)  # level 2 would forget the weights, and a frozen tower's never come again
-            self.asleep = {"weights", "kv_cache"}
+        self.llm.sleep(level=1)  # level 2 would forget the weights, and a frozen tower's never come again
+        self.asleep = {"weights", "kv_cache"}
         return "asleep"
 
     def wake(self, *tags):
-        """Takes back those of these parts that sleep gave away."""
+        """Wakes those of these parts that are asleep."""
         if needed := [tag for tag in tags if tag in self.asleep]:
             self.llm.wake_up(tags=needed)
             self.asleep -= set(needed)
@@ -250,7 +255,6 @@ class Server:
         for _, _, seeds in rows:
             several = [next(outputs) for _ in seeds]
             answer.append((several[0].prompt_token_ids, [self.response(*each.outputs) for each in several]))
-        self.sleep()
         return answer
 
     def response(self, output):

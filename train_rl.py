@@ -42,11 +42,11 @@ min_pixels = 3136  # smaller pictures are enlarged: 56 * 56 = 4 image tokens
 max_pixels = 1003520  # larger pictures are shrunk: 1280 * 28 * 28 = 1280 image tokens
 max_prompt_tokens = 2048  # a longer prompt is an error at the start; prompts are never cut
 # sampling
-rollout = "vllm"  # the engine: 'vllm', on the GPU after the training ones; 'hf', each process its own share
+rollout = "vllm"  # 'vllm', on the GPU after the training ones or on the only one; 'hf', in each process
 samples_per_query = 1  # responses to each query, its group (paper: 1)
 temperature = 1.0  # divides the logits in the sampler and in the loss alike
 max_new_tokens = 2048  # tokens of a response at most; a longer one ends without EOS
-gpu_memory_utilization = 0.8  # fraction of its GPU that vLLM takes (paper)
+gpu_memory_utilization = 0.8  # fraction of its GPU that vLLM takes (paper); 0.3 to 0.5 of a shared one
 rollout_ahead = 0  # 1: sample the next batch while training on this one, by weights a step old
 # length of the run
 epochs = 30  # passes over the training queries
@@ -199,11 +199,10 @@ if __name__ == "__main__":
     policy, visual = load_policy(
         folder, world, precision, banned_ids, *flags, activation_checkpointing=activation_checkpointing,
         lora_rank=lora_rank, lora_alpha=lora_alpha)
-    reference = None
+    reference = None  # what the KL is to: the policy with its adapters off, or a second model, not trained
     if kl_loss_coeff or kl_reward_coeff:
-        reference = policy  # its adapters off; without any a second model, which owns a tower if policy does
-        if not lora_rank:
-            reference, _ = load_policy(folder, world, precision, banned_ids, *flags, master=False)
+        reference = policy if lora_rank else load_policy(
+            folder, world, precision, banned_ids, *flags, master=False)[0]  # owns a tower if policy does
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, learning_rate, (adam_beta1, adam_beta2), adam_eps, weight_decay,
                                   fused=True)

@@ -3,9 +3,10 @@
     python -m bench.plan config/geo3k.py --nproc=7 [--gpu_gb=80] [--gpus=8] [--key=value ...]
 
 Bytes are of the fullest GPU, the first rank's: FSDP2 cuts a parameter's first dimension, the last shards are
-smaller. Left out: CUDA's own memory in each process (vLLM's stays when it sleeps), fragmentation, the
-prefetch of a second layer: a card counts as full at 95 percent. On the host: what Python and its libraries
-take, some 2 GB a process. --gpus: of a node; by default the run's own and one for vLLM; 1 has both share it.
+smaller. Left out: CUDA's own memory in each process (vLLM's stays when it sleeps), what vLLM's activations
+and graphs take of its share, fragmentation, the prefetch of a second layer: a card is full at 95 percent. On
+the host: what Python and its libraries take, some 2 GB a process. --gpus: of a node; by default the run's own
+and one for vLLM; with 1 they share it.
 """
 import math
 import os
@@ -24,7 +25,7 @@ PAPER_ROWS = {"geometry3k": 2101, "mm_math5k": 5000}  # of training data, by its
 ADVICE = {  # beginning of a row -> what makes it smaller
     "activations": "lower max_tokens_per_microbatch", "AdamW": "set lora_rank=32, or train on more GPUs",
     "reference": "set kl_loss_coeff=0", "features": "lower batch_size or max_pixels",
-    "cache for": "lower gpu_memory_utilization", "the sampler": "set rollout='vllm', which sleeps meanwhile"}
+    "cache for": "lower gpu_memory_utilization", "the sampler": "set rollout='vllm'"}
 
 
 def count(parameters, nproc=1):
@@ -45,7 +46,9 @@ def plan(knobs, hf_config, nproc, gpu_gb, shared=False):
     models.set_trained(policy, visual, *flags)
     connector = [p for name, p in visual.named_parameters() if name.startswith(models.CONNECTOR)]
     layers = policy.language_model.layers
-    tower, merger, inner = map(count, (list(visual.parameters()), connector, list(layers.parameters())))
+    # elements: inner of all layers, outer of embedding, head and norm, own of the policy on the first rank,
+    # gathered of what FSDP holds whole at once
+    tower, merger, inner = map(count, (visual.parameters(), connector, layers.parameters()))
     outer, own = count(hf.parameters()) - inner - tower, count(policy.parameters(), nproc)
     whole, gathered = outer + inner + tower, outer + inner // len(layers)
     if lora:
@@ -91,9 +94,9 @@ def plan(knobs, hf_config, nproc, gpu_gb, shared=False):
             "language model's layers": inner, "embedding, head, norm": outer,
             "vision tower": tower - merger, "mergers": merger},
         f"GB of the {gpu_gb:g} of a training GPU, in an update": {**resident, **update},
-        "GB of it while vLLM samples there" if shared else "GB on vLLM's GPU":
+        f"GB of the {gpu_gb:g} while vLLM samples" if shared else "GB on vLLM's GPU":
             {} if not share else {**resident, **vllm} if shared else vllm,
-        "GB on the host during a checkpoint": {
+        "GB on the host at most": {
             "the model, by the first rank": b * whole, "weights and moments, by all": 12 * count(trained),
             "vLLM's weights while it sleeps": b * whole if shared else 0}}
 
@@ -125,10 +128,11 @@ if __name__ == "__main__":
     parser.add_argument("--gpu_gb", type=float, default=80.0, help="memory of a GPU")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs of the node; 0 = as many as the run needs")
     arguments, flags = parser.parse_known_args()
-    c, nproc = configure(dict(vars(train_rl)), [*arguments.config, *flags]), arguments.nproc
-    gpu_gb = arguments.gpu_gb
+    nproc, gpu_gb = arguments.nproc, arguments.gpu_gb
+    c = configure(dict(vars(train_rl)), [*arguments.config, *flags])
     batch, minibatch, rows = c["batch_size"], c["minibatch_size"], count_rows(c["train_data"])
-    per_epoch, responses, least = rows // batch, *(n * c["samples_per_query"] for n in (batch, nproc))
+    group, per_epoch = c["samples_per_query"], rows // batch
+    responses, least = batch * group, nproc * group
     if not per_epoch or least < 1 or responses % minibatch or minibatch % least:
         raise UserError(f"config: {rows} rows must fill {batch=}; {minibatch=} must divide {responses=} of a "
                         f"step, and be a multiple of samples_per_query * nproc = {least}")

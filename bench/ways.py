@@ -60,7 +60,7 @@ def padded_forward(policy, sequences, temperature):
     head = text.embed_tokens if policy.lm_head is None else policy.lm_head
     ids, positions, _, in_query, before = padded(sequences, head.weight.device)
     embeds, slots = text.embed_tokens(ids), (ids == policy.image_token_id) & in_query
-    embeds, deepstack = policy.place_pictures(embeds, slots, sequences)
+    embeds, deepstack = policy.embed_pictures(embeds, slots, sequences)
     extra = dict(visual_pos_masks=slots, deepstack_visual_embeds=deepstack) if deepstack else {}
     hidden = text(inputs_embeds=embeds, position_ids=positions, use_cache=False, **extra).last_hidden_state
     targets, banned_ids = ids.roll(-1, 1)[before], policy.banned_ids.to(ids.device)

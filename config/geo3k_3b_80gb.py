@@ -5,7 +5,8 @@ r"""Geometry3K with Qwen2.5-VL-3B on one GPU of 80 GB, all of the language model
     python -m bench.plan config/geo3k_3b_80gb.py --gpus=1
 
 By the last line, of 80 GB: 65 in an update (12 weights, 12 gradients, 25 moments, 6 reference), 70 while
-vLLM samples (16 of them its cache: at most 443,000 tokens). Not run here; hours and accuracy are not known.
+vLLM samples (16 of them for its cache: at most 443,000 tokens). Not run here; hours and accuracy are not
+known.
 """
 out_dir = "out/geo3k_3b_80gb"
 model = "Qwen/Qwen2.5-VL-3B-Instruct"

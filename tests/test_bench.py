@@ -174,7 +174,7 @@ def test_plan_of_one_card_by_hand(name, plan):
     resident = weights + 8 * trained + reference + tower + features
     expected = {"weights": weights, "AdamW": 8 * trained, "reference": reference,
                 "vision tower, whole": tower, "features": features, "gradients": 4 * trained,
-                "activations": activations, "GB of it while vLLM": resident + vllm}
+                "activations": activations, f"GB of the {gpu_gb} while vLLM": resident + vllm}
     for what, number in expected.items():
         row = next(n for name, n in found.items() if name.removeprefix("frozen ").startswith(what))
         assert row == pytest.approx(number / 1e9, rel=0.02, abs=0.001), what
