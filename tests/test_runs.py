@@ -307,6 +307,9 @@ def test_tensorboard_has_the_scalars(runs):
 def test_a_checkpoint_opens_in_transformers_and_gives_the_trainers_logits(runs, common, mixed, world):
     """The trainer's own float32 weights, from its shards; the folder in the hub's format, over pixels."""
     out_dir, _ = runs("whole")
+    stored = load_file(out_dir / "checkpoints/latest/model.safetensors")
+    assert stored.keys() == load_file(f"{common['model']}/model.safetensors").keys(), "the hub's older names"
+    assert "visual.patch_embed.proj.weight" in stored
     hf = AutoModelForImageTextToText.from_pretrained((out_dir / "checkpoints/latest").resolve())
     banned, response = special_token_ids(mixed.tokenizer, "")[1], [40, 41, 42, 2]
     policy, _ = model.load_policy(common["model"], world, torch.float32, banned, True, True, True)
