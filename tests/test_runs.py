@@ -248,7 +248,7 @@ def runs(common, mixed_jsonl, tiny_jsonl, tmp_path_factory):
 
     def agent_killed():
         """(how the other ended, what it said)."""
-        killed, other = agents(base / "killed", 1, "train_sft.py", **sft_knobs | dict(max_steps=10**6),
+        killed, other = agents(base / "killed", 1, "train_sft.py", **sft_knobs | dict(max_steps=1000),
                                out_dir="out")
         while not (log := base / "killed/node0/out/metrics.jsonl").exists() or len(read(log)) < 3:
             assert other.poll() is killed.poll() is None
