@@ -1,6 +1,6 @@
 """The toy: small geometry problems in the manner of Geometry3K, drawn with Pillow, without a network.
 
-    python -m toy.draw     # data/toy: train, val, test (vision-dominant) and text_* (text-dominant)
+    python -m toy.draw     # data/toy: train, val, test, hard (vision-dominant) and text_* (text-dominant)
 
 A picture has 84 x 84 pixels, 9 image tokens. The numbers stand in it and the text names the figure; in text_*
 the question has the numbers too. A picture's numbers, sorted, are its tuple; a hash puts a tuple of three or
@@ -11,6 +11,8 @@ small a model knows the sums that it was shown and no others.) What is new in ea
   test   new tuples in four families that no stage has shown. quadrilateral: a new figure, four numbers;
          closed: a triangle asked as a path; spokes: a new figure and question; vertical: a known question,
          standing up. (The train family loose has numbers in any cells, so the places alone are not new.)
+  hard   test's families, its tuples too, and the first number has two digits. Each sum on the way is a fact
+         that the base was shown, but in training such a number came first only where one had to subtract.
 """
 import json
 import os
@@ -24,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 84  # pixels
 MIDDLES = (14, 42, 70)  # of cells of patch 14 x merge 2 = 28 pixels: one image token sees a whole number
-SIZES = {"train": 4096, "val": 240, "test": 240}
+SIZES = {"train": 4096, "val": 240, "test": 240, "hard": 240}
 TRAIN_FAMILIES = ("triangle", "segment", "part", "area", "path", "loose")
 TEST_FAMILIES = ("quadrilateral", "vertical", "spokes", "closed")
 LETTERS = ("ABCDE", "PQRST", "KLMNO", "UVWXY")  # a picture's corners have the first letters of one of these
@@ -166,10 +168,13 @@ def picture(lines, letters, numbers):
 
 
 def problem(family, split, rng):
-    """(numbers, question, image) of a new problem whose tuple belongs to the split."""
-    numbers = draw_numbers(family, rng)
-    while split_of(numbers) != split:
+    """(numbers, question, image) of a new problem whose tuple belongs to the split, test's for hard."""
+    numbers = []
+    while not numbers or split_of(numbers) != ("test" if split == "hard" else split):
         numbers = draw_numbers(family, rng)
+        if split == "hard":
+            largest = 9 if len(numbers) == 3 else 5  # the sum before the last number is then at most 27
+            numbers = [rng.randint(10, 16), *(rng.randint(2, largest) for _ in numbers[1:])]
     letters = rng.choice(LETTERS)
     lines, corners, cells, question = layout(family, len(numbers), rng)
     image = picture(lines, zip(letters, corners), zip(map(str, numbers), cells))
@@ -195,12 +200,12 @@ def save_rows(folder, name, rows):
 
 
 def make_toy(folder):
-    """Draws train, val, test and text_train, text_val, text_test in folder, unless it is there already."""
+    """Draws train, val, test, hard and the same as text_* in folder, unless it is there already."""
     if os.path.isdir(folder):
         return
     draft = f"{folder}.{uuid.uuid4().hex}"  # renamed when whole, since several processes may draw at once
     for split, size in SIZES.items():
-        families = TEST_FAMILIES if split == "test" else TRAIN_FAMILIES
+        families = TEST_FAMILIES if split in ("test", "hard") else TRAIN_FAMILIES
         rng, rows, text_rows = random.Random(f"toy {split}"), [], []
         for i in range(size):
             family = families[i % len(families)]
