@@ -96,3 +96,22 @@ TEXT_RL=$(best text_rl) TEXT_SFT=$(best text_sft)
 { lines train curve text_rl "$TEXT_RL" 1 2 3 4; lines train curve text_sft "$TEXT_SFT" 1 2 3 4; } | each
 { for method in "text_rl $TEXT_RL" "text_sft $TEXT_SFT"; do lines passk passk $method 0 1 2 3 4; done
   echo "text_base-0/passk base text_base"; } | each
+
+# what results/study has: the runs without checkpoints, of their samples one in 64 (of evaluations one in 720); reports
+rm -rf "$OUT/kept"
+mkdir "$OUT/kept"
+(
+    cd "$OUT"
+    cp --parents ./*/config.py ./*/metrics.jsonl ./*/{curve,passk}/{config.py,eval.jsonl} kept
+    for samples in ./*/samples.jsonl; do awk 'NR % 64 == 1' "$samples" > "kept/$samples"; done
+    for samples in ./*/{curve,passk}/samples.jsonl; do awk 'NR % 720 == 1' "$samples" > "kept/$samples"; done
+)
+(
+    cd "$OUT/kept"
+    export PYTHONPATH=$OLDPWD
+    python -m report --methods rl-$RL-? sft-$SFT-? sft_rl-$RL-? base-0 --out=picture
+    python -m report --methods text_rl-$TEXT_RL-? text_sft-$TEXT_SFT-? text_base-0 --out=text
+    python -m report --methods rl-$RL-? $(for fork in $FORKS; do echo $fork-$RL-?; done) --out=forks
+    for text in "" text_; do python -m report --methods $text{rl,sft}-{5e-5,1e-4,2e-4}-0 --out=${text}rates; done
+    python -m report rl-$RL-? --out=seeds
+)

@@ -194,12 +194,12 @@ def main(argv=None):
         fail(f"--out={out} is a file; name a folder to write to")
     names = [os.path.basename(path) for path in real]
     names = [folder if names.count(name) > 1 else name for folder, name in zip(folders, names)]
-    roles = ["rl"] * len(arguments.runs) + ["sft"] * len(arguments.sft)
+    roles = ["any" if arguments.methods else "rl"] * len(arguments.runs) + ["sft"] * len(arguments.sft)
     runs = [read_run(folder, name, role) for folder, name, role in zip(folders, names, roles)]
     rl, sft = ([run for run in runs if run.role == role] for role in ("rl", "sft"))
     os.makedirs(f"{out}/figures", exist_ok=True)
     if arguments.methods:
-        return write_methods(out, rl)
+        return write_methods(out, runs)
 
     numbers = {"accuracy": accuracy_numbers(rl, sft), "reflection": reflection_numbers(rl),
                "length": length_numbers(rl)}

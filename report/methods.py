@@ -1,30 +1,35 @@
-"""Methods side by side: the responses that each needs to get somewhere, where it ends, how its training went.
+"""Methods side by side: how far each gets, how fast, how its training went, and what the first does better.
 
     python -m report --methods out/methods/grpo-1e-4-{0,1,2} out/methods/rloo-1e-4-{0,1,2}
 
-Runs that are named alike but for a number at the end are the seeds of one method. Accuracies are those of a
-run's eval.jsonl and of what evaluate.py wrote to folders within it, about checkpoints of known steps.
+Runs that are named alike but for a number at the end are the seeds of one method; RL, SFT, or a folder in
+which evaluate.py alone has written, of the untrained model. Accuracies are those of a run's eval.jsonl and of
+what evaluate.py wrote to folders within it, about checkpoints of known steps.
 """
 import glob
+import os
 import re
 from collections import defaultdict
 
 from configurator import UserError
 from report.figures import series
-from report.scheme import averaged, mean, number, read_jsonl
+from report.scheme import averaged, half_width, mean, number, read_jsonl, weighted
 
 REACH = (0.6, 0.8)  # validation accuracy under CURVE
 CURVE = "pass@1 T=0.6 top_p=1"
+KS = (1, 2, 4, 8, 16)  # of the curves of pass@k
 TRAINING = (  # column, key of metrics.jsonl, what of a run's steps, format
+    ("length, first step", "response/length", lambda values: values[0], ".1f"),
+    ("length, last step", "response/length", lambda values: values[-1], ".1f"),
     ("entropy, last step", "policy/entropy", lambda values: values[-1], ".3f"),
     ("KL to the base, last step", "rollout/kl", lambda values: values[-1], ".3f"),
     ("clip fraction, mean", "policy/clipfrac", mean, ".4f"),
     ("groups without signal, mean", "train/groups_without_signal", mean, ".1f"),
     ("trainer to engine, mean", "rollout/logprob_diff", mean, ".1e"),
+    ("retokenised, mean", "response/retokenised", mean, ".4f"),
     ("largest ratio", "correction/ratio_max", max, ".3g"),
     ("effective sample size, least", "correction/effective_sample_size", min, ".3f"),
-    ("sequences masked, sum", "correction/masked", sum, ".0f"),
-    ("length, last step", "response/length", lambda values: values[-1], ".1f"))
+    ("sequences masked, sum", "correction/masked", sum, ".0f"))
 
 
 def groups_of(runs):
@@ -36,92 +41,152 @@ def groups_of(runs):
 
 
 def read_accuracies(run):
-    """{(split, setting): {responses: (accuracy, n)}} of a run, by the responses it was trained on."""
+    """{(problems, setting): {samples: (accuracy, n)}} of a run, by the samples it was trained on. problems:
+    the split, or the file where evaluate.py names one of its own, such as the toy's hard.jsonl."""
     samples = {0: 0} | {row["step"]: row["samples"] for row in run.metrics}
     found = defaultdict(dict)
     for path in sorted(glob.glob(f"{glob.escape(run.folder)}/**/eval.jsonl", recursive=True)):
         for row in read_jsonl(path):
-            step, accuracy, n = (number(row.get(key)) for key in ("step", "accuracy", "n"))
+            accuracy, n = number(row.get("accuracy")), number(row.get("n"))
+            step = number(row.get("step")) if run.metrics else 0  # a folder without training: its model
+            problems = str(row.get("split"))
+            if problems == "test" and row.get("data"):
+                problems = os.path.splitext(os.path.basename(str(row["data"])))[0]
             if step in samples and accuracy is not None and n:
-                found[str(row.get("split")), str(row.get("setting"))][samples[step]] = accuracy, n
+                found[problems, str(row.get("setting"))][samples[step]] = accuracy, n
     if ("validation", CURVE) not in found:
         raise UserError(f"{run.folder}: no accuracy of validation, {CURVE}; evaluate.py makes it, with an "
                         "--out_dir in the run's folder")
+    if run.metrics and run.metrics[0].get("train/accuracy") is not None:
+        last = run.metrics[-1]["samples"]
+        found["training", "mean of all steps"][last] = weighted(run.metrics, "train/accuracy"), last
     return found
 
 
 def reached(curves, goal):
-    """[responses at the first evaluation that is at the goal, None where none is], one a run."""
+    """[samples at the first evaluation that is at the goal, None where none is], one a run."""
     return [min((x for x, (accuracy, _) in curve.items() if accuracy >= goal), default=None)
             for curve in curves]
 
 
+def pass_at_k(of_run, problems):
+    """{k: accuracy} at T = 1 of a run's last weights."""
+    found = {k: of_run.get((problems, f"pass@{k} T=1 top_p=1")) for k in KS}
+    return {k: values[max(values)][0] for k, values in found.items() if values}
+
+
+def difference(first, other):
+    """{mean, width, runs} of first less other, {run's number: accuracy} each, over the numbers that both
+    have; the only run of a method, as the untrained model, stands beside all. width: half of the 95% interval
+    over seeds, None for one pair."""
+    if len(first) == 1 or len(other) == 1:
+        pairs = [(x, y) for x in first.values() for y in other.values()]
+    else:
+        pairs = [(first[seed], other[seed]) for seed in first if seed in other]
+    values = [x - y for x, y in pairs]
+    width = half_width(values) if len(values) > 1 else None
+    return {"mean": mean(values), "width": width, "runs": values}
+
+
 def method_numbers(runs):
-    """{method: {learning_rate, runs, reach, final, curves, training}} of all runs."""
-    numbers = {}
+    """{method: {learning_rate, runs, reach, final, first_less_this, curves, training}} of all runs."""
+    numbers, first = {}, None
     for name, group in groups_of(runs).items():
         found = [read_accuracies(run) for run in group]
-        curves, final = [of_run["validation", CURVE] for of_run in found], {}
+        curves, final, seeds = [of_run["validation", CURVE] for of_run in found], {}, {}
         for key in dict.fromkeys(key for of_run in found for key in of_run):
-            last = [of_run[key][max(of_run[key])] for of_run in found if key in of_run]
-            final[", ".join(key)] = averaged([accuracy for accuracy, _ in last], last[0][1], seeds=True)
+            last = {run.name[len(name):]: of_run[key][max(of_run[key])]
+                    for run, of_run in zip(group, found) if key in of_run}
+            seeds[", ".join(key)] = {seed: accuracy for seed, (accuracy, _) in last.items()}
+            n = next(iter(last.values()))[1]
+            final[", ".join(key)] = averaged([accuracy for accuracy, _ in last.values()], n, seeds=True)
+        first = first or seeds
         columns = {column: (key, pick) for column, key, pick, _ in TRAINING}
         rates = [re.search(r"^learning_rate = (.*)$", run.config, re.M) for run in group]
         numbers[name] = {
             "learning_rate": " / ".join(dict.fromkeys(rate[1] if rate else "–" for rate in rates)),
             "runs": [run.name for run in group], "final": final,
+            "first_less_this": {key: difference(first[key], seeds[key]) for key in seeds if key in first},
             "reach": {f"{goal:.0%}": reached(curves, goal) for goal in REACH},
-            "curves": [{x: accuracy for x, (accuracy, _) in sorted(curve.items())} for curve in curves],
+            "curves": {problems: [{x: of_run[problems, CURVE][x][0] for x in sorted(of_run[problems, CURVE])}
+                                  for of_run in found] for problems, setting in found[0] if setting == CURVE},
+            "pass_at_k": {problems: [pass_at_k(of_run, problems) for of_run in found]
+                          for problems, setting in found[0] if setting == "pass@1 T=1 top_p=1"},
             "training": {column: [pick(values) for run in group if (
                 values := [row[key] for row in run.metrics if row.get(key) is not None])]
                 for column, (key, pick) in columns.items()}}
     return numbers
 
 
-def responses(values):
-    """Mean and range of the responses that runs needed, and how many runs did not get there."""
-    there = [value for value in values if value is not None]
-    text = f"{mean(there):,.0f} ({min(there):,} to {max(there):,})" if there else "never"
-    return text + (f"; never in {len(values) - len(there)}" if there and len(there) < len(values) else "")
-
-
 def method_tables(numbers):
     """[{title, caption, columns, rows}] of what method_numbers returns."""
-    def cell(accuracy):
-        return "{:.1f} ({:.1f} to {:.1f})".format(*(100 * accuracy[key] for key in ("mean", "low", "high")))
+    def percent(value, low, high):
+        return f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+    def accuracy(name, key):
+        cell = numbers[name]["final"].get(key)
+        return percent(cell["mean"], cell["low"], cell["high"]) if cell else "–"
+
+    def less(name, key):
+        cell = numbers[name]["first_less_this"].get(key)
+        if not cell or cell["width"] is None:
+            return f"{100 * cell['mean']:+.1f}" if cell else "–"
+        return "{:+.1f} ({:+.1f} to {:+.1f})".format(
+            *(100 * (cell["mean"] + sign * cell["width"]) for sign in (0, -1, 1)))
+
+    def needed(values):
+        there = [value for value in values if value is not None]
+        text = f"{mean(there):,.0f} ({min(there):,} to {max(there):,})" if there else "never"
+        return text + (f"; never in {len(values) - len(there)}" if 0 < len(there) < len(values) else "")
 
     def spread(values, form):
         return f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})" if values else "–"
 
+    first, *others = numbers
     settings = list(dict.fromkeys(key for of_method in numbers.values() for key in of_method["final"]))
-    reach = [[name, m["learning_rate"], *map(responses, m["reach"].values())] for name, m in numbers.items()]
-    final = [[name, *(cell(m["final"][key]) if key in m["final"] else "–" for key in settings)]
-             for name, m in numbers.items()]
-    training = [[name, *(spread(m["training"][column], form) for column, *_, form in TRAINING)]
-                for name, m in numbers.items()]
+    training = [column for column, *_ in TRAINING if any(m["training"][column] for m in numbers.values())]
+    forms = {column: form for column, _, _, form in TRAINING}
     return [
-        dict(title="Responses until", caption=f"The first evaluation of validation, {CURVE}, at or above the "
-             "accuracy: mean over runs (least to most).", rows=reach,
-             columns=["method", "learning rate", *(f"{goal:.0%}" for goal in REACH)]),
+        dict(title="Samples until", caption=f"The first evaluation of validation, {CURVE}, at or above the "
+             "accuracy, by the responses (SFT: solutions) trained on: mean over runs (least to most).",
+             columns=["method", "learning rate", "runs", *(f"{goal:.0%}" for goal in REACH)],
+             rows=[[name, m["learning_rate"], str(len(m["runs"])), *map(needed, m["reach"].values())]
+                   for name, m in numbers.items()]),
         dict(title="Final accuracy", caption="Percent, mean over runs; in brackets 95%, for another seed "
              "(Student's t) and for other problems (Wilson) in quadrature; all had the same problems.",
-             columns=["method", *settings], rows=final),
+             columns=["problems, setting", *numbers],
+             rows=[[key, *(accuracy(name, key) for name in numbers)] for key in settings]),
+        dict(title="Difference", caption=f"{first} less the others, in points, of runs with the same number; "
+             "in brackets 95% for other seeds (Student's t), on these problems.",
+             columns=["problems, setting", *others],
+             rows=[[key, *(less(name, key) for name in others)] for key in settings]),
         dict(title="Training", caption="Mean over runs (least to most). Ratio and sample size are of tokens; "
-             "with correction='mask' of responses.",
-             columns=["method", *(column for column, *_ in TRAINING)], rows=training)]
+             "with correction='mask' of responses.", columns=["method", *training],
+             rows=[[name, *(spread(m["training"][column], forms[column]) for column in training)]
+                   for name, m in numbers.items()])]
 
 
 def method_figure(numbers, runs):
-    """Validation accuracy, its beginning, and response length over the responses trained on."""
-    accuracy, lengths, groups = [], [], groups_of(runs)
-    for i, (name, m) in enumerate(numbers.items()):
-        accuracy.append(series(name, str(i), dict(zip(m["runs"], m["curves"]))))
-        points = {run.name: {row["samples"]: row.get("response/length") for row in run.metrics}
-                  for run in groups[name]}
-        lengths.append(series(name, str(i), points))
-    last = sorted({x for curve in accuracy for x in curve["x"]})[-1]
-    panel = {"x": "responses", "y": "accuracy", "percent": True, "title": f"validation, {CURVE}"}
-    return {"id": "methods", "title": "Methods", "caption": "Over the responses trained on.", "panels": [
-        panel | {"series": accuracy},
-        panel | {"title": "its first third", "series": accuracy, "until": last / 3},
-        {"title": "response length", "x": "responses", "y": "tokens", "percent": False, "series": lengths}]}
+    """Accuracy over the samples trained on, pass@k where several k were measured, and response length."""
+    def panel(title, x, y, points, **more):  # points: {method: {run: {x: value}}}
+        curves = [series(name, str(i), points[name]) for i, name in enumerate(numbers) if name in points]
+        for curve in curves:
+            if len(curve["x"]) == 1:  # the untrained model: a level
+                curve["role"] = "base"
+        return {"title": title, "x": x, "y": y, "percent": y == "accuracy", "series": curves} | more
+
+    panels, trained = [], "samples trained on"
+    for part, x in (("curves", trained), ("pass_at_k", "k")):
+        for problems in dict.fromkeys(key for m in numbers.values() for key in m[part]):
+            points = {name: dict(zip(m["runs"], m[part][problems])) for name, m in numbers.items()
+                      if problems in m[part]}
+            at = sorted({x for of_method in points.values() for curve in of_method.values() for x in curve})
+            setting = CURVE if part == "curves" else "pass@k T=1 top_p=1"
+            if len(at) > 1:
+                panels.append(panel(f"{problems}, {setting}", x, "accuracy", points))
+            if len(at) > 6:
+                panels.append(panel("its first third", x, "accuracy", points, until=at[-1] / 3))
+    lengths = {name: {run.name: {row["samples"]: row.get("response/length") for row in run.metrics}
+                      for run in group} for name, group in groups_of(runs).items() if group[0].metrics}
+    panels.append(panel("response length", trained, "tokens", lengths))
+    return {"id": "methods", "title": "Methods", "caption": "", "panels": panels}

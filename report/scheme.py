@@ -18,7 +18,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 
 class Run(NamedTuple):
     name: str
-    role: str  # 'rl' or 'sft'
+    role: str  # 'rl', 'sft', or 'any' among methods
     folder: str
     config: str  # the text of config.py, '' where there is none
     metrics: list  # objects of metrics.jsonl, with n, the responses of the step; None for what is no number
@@ -56,9 +56,9 @@ def read_run(folder, name, role):
     """The Run in a folder; UserError when it lacks what a report needs."""
     metrics, evals = read_jsonl(f"{folder}/metrics.jsonl"), read_jsonl(f"{folder}/eval.jsonl")
     give = f"give the out_dir of a run of train_{role}.py"
-    if not (metrics if role == "rl" else evals):
+    if role != "any" and not (metrics if role == "rl" else evals):
         raise UserError(f"{folder}: no {'metrics' if role == 'rl' else 'eval'}.jsonl with rows in it; {give}")
-    if metrics and ("train/accuracy" in metrics[0]) != (role == "rl"):
+    if role != "any" and metrics and ("train/accuracy" in metrics[0]) != (role == "rl"):
         raise UserError(f"{folder}: RL runs are named first, SFT runs after --sft; {give}")
     needed = {"metrics": ("step", "epoch", "samples"), "eval": ("epoch", "accuracy", "n")}
     for file, rows in (("metrics", metrics), ("eval", evals)):
@@ -92,17 +92,21 @@ def deviation(values):
     return statistics.stdev(values) if len(values) > 1 else None
 
 
+def half_width(values):
+    """Half of the 95% interval (Student's t) of the mean of several runs' values."""
+    t = STUDENT[min(len(values) - 1, len(STUDENT)) - 1]
+    return t * deviation(values) / math.sqrt(len(values))
+
+
 def averaged(values, n, seeds):
     """{mean, low, high, n, runs} of one accuracy of each run over the same n problems; None without runs. Low
     and high: 95%, for other problems (Wilson) and, where the runs are seeds of one training, for another seed
     (Student's t over the runs), the two half-widths added in quadrature."""
     if not values:
         return None
-    centre, over_seeds = mean(values), 0.0
+    centre = mean(values)
     low, high = wilson(centre * n, n)
-    if seeds and len(values) > 1:
-        t = STUDENT[min(len(values) - 1, len(STUDENT)) - 1]
-        over_seeds = t * deviation(values) / math.sqrt(len(values))
+    over_seeds = half_width(values) if seeds and len(values) > 1 else 0.0
     return {"mean": centre, "low": max(0.0, centre - math.hypot(over_seeds, centre - low)),
             "high": min(1.0, centre + math.hypot(over_seeds, high - centre)), "n": n, "runs": values}
 

@@ -166,27 +166,33 @@ def test_one_run_without_evaluations_config_or_lengths_still_gives_a_report(tmp_
     assert rows_of(tmp_path / "out", "Response length")[1] == [["a", "–", "–", "7.0", "7.0", "–"]]
 
 
-def test_methods_are_compared_by_responses_needed_final_accuracy_and_training(tmp_path):
+def test_methods_are_compared_by_samples_needed_final_accuracy_and_training(tmp_path):
     """Accuracies of 4 problems: of a run, and of its end, by evaluate.py in its folder."""
-    curves = {"grpo-0": (0.5, 0.75), "grpo-1": (0.75, 1.0), "rloo-0": (0.5, 0.25)}
+    curves = {"grpo-0": (0.5, 0.75), "grpo-1": (0.75, 1.0), "rloo-0": (0.5, 0.25), "rloo-1": (0.25, 0.25)}
+    row = {"epoch": 0, "split": "validation", "setting": "pass@1 T=0.6 top_p=1", "n": 4}
     for name, curve in curves.items():
         run = leave_run(tmp_path / name, evals=False, learning_rate=2e-4)
-        row = {"epoch": 0, "split": "validation", "setting": "pass@1 T=0.6 top_p=1", "n": 4}
         write(run / "eval.jsonl", *(row | {"step": i + 1, "accuracy": x} for i, x in enumerate(curve)))
         (run / "final").mkdir()
-        write(run / "final/eval.jsonl", row | {"step": 2, "split": "test", "accuracy": 0.5},
-              row | {"step": None, "split": "test", "accuracy": 1.0})
-    runs = [str(tmp_path / name) for name in curves]
-    main(["--methods", *runs, f"--out={tmp_path}/out"])
-    assert rows_of(tmp_path / "out", "Responses until")[1] == [
-        ["grpo", "0.0002", "6 (4 to 8)", "8 (8 to 8); never in 1"],
-        ["rloo", "0.0002", "never", "never"]]
-    cells = "87.5 (0.0 to 100.0)", "50.0 (15.0 to 85.0)", "25.0 (4.6 to 69.9)", "50.0 (15.0 to 85.0)"
-    assert rows_of(tmp_path / "out", "Final accuracy") == (
-        ["method", "validation, pass@1 T=0.6 top_p=1", "test, pass@1 T=0.6 top_p=1"],
-        [["grpo", *cells[:2]], ["rloo", *cells[2:]]])
+        others = [{"step": 2, "data": "a/hard.jsonl", "accuracy": 0.5}, {"step": None, "accuracy": 1.0}]
+        write(run / "final/eval.jsonl", *(row | {"split": "test"} | other for other in others))
+    (tmp_path / "base-0").mkdir()
+    write(tmp_path / "base-0/eval.jsonl", row | {"step": None, "accuracy": 0.5})
+    main(["--methods", *(str(tmp_path / name) for name in [*curves, "base-0"]), f"--out={tmp_path}/out"])
+    assert rows_of(tmp_path / "out", "Samples until")[1] == [
+        ["grpo", "0.0002", "2", "6 (4 to 8)", "8 (8 to 8); never in 1"],
+        ["rloo", "0.0002", "2", "never", "never"], ["base", "–", "1", "never", "never"]]
+    assert rows_of(tmp_path / "out", "Final accuracy") == (["problems, setting", "grpo", "rloo", "base"], [
+        ["validation, pass@1 T=0.6 top_p=1", "87.5 (0.0 to 100.0)", "25.0 (4.6 to 69.9)",
+         "50.0 (15.0 to 85.0)"],
+        ["hard, pass@1 T=0.6 top_p=1", "50.0 (15.0 to 85.0)", "50.0 (15.0 to 85.0)", "–"],
+        ["training, mean of all steps", "50.0 (21.5 to 78.5)", "50.0 (21.5 to 78.5)", "–"]])
+    # pairs 0.75 - 0.25, 1 - 0.25; 0.75 - 0.5, 1 - 0.5: 12.706 * sd / sqrt(2) = 12.706 * 0.125
+    assert rows_of(tmp_path / "out", "Difference")[1][0][1:] == [
+        "+62.5 (-96.3 to +221.3)", "+37.5 (-121.3 to +196.3)"]
     columns, rows = rows_of(tmp_path / "out", "Training")
-    assert dict(zip(columns, rows[0]))["length, last step"] == "7.0 (7.0 to 7.0)" and "–" in rows[0]
+    assert dict(zip(columns, rows[0])) == {
+        "method": "grpo", "length, first step": "6.0 (6.0 to 6.0)", "length, last step": "7.0 (7.0 to 7.0)"}
     assert (tmp_path / "out/figures/methods.png").exists()
 
 
