@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
 # The paper's questions on the toy: does RL beat SFT, in and out of distribution, and what does each departure change?
 #
-#     bash study.sh [OUT]      # out/study; 2 CPU cores, two runs beside each other, some 2 hours
+#     bash study.sh [OUT]      # out/study, of the repository; Linux, 2 CPU cores, two runs side by side, some 2 hours
 #
-# Broken off, it goes on when it is called again. Every run makes two passes over the same 4,096 problems. Its folder is
-# METHOD-RATE-SEED: curve/ has the accuracies after each pass, passk/ pass@k of the last weights, on validation, test
-# (new families) and hard (those with larger numbers). The answers are in results/study.md.
-#   rates   RL and SFT from toy/base at three learning rates, seed 0, on both variants of the toy (text_: the numbers
-#           stand in the question too); all others take the rate that is best on validation
-#   seeds   five of RL and SFT, and of sft_rl: RL from those SFT models, which makes four passes in all
-#   forks   three seeds of each patch in forks/, at RL's rate; the runs of RL are what they are compared with
+# Broken off, it goes on when it is called again: a trainer that got Ctrl-C ends its step and leaves a checkpoint, and a
+# new call waits for it. Every run makes two passes over the same 4,096 problems. Its folder is METHOD-RATE-SEED: curve/
+# has the accuracies after each pass, passk/ pass@k of the last weights, on validation, test (new families) and hard
+# (those with larger numbers). The answers are in results/study.md.
+#   rates   RL and SFT from toy/base at three learning rates, seed 0; all others take the rate best on validation
+#   seeds   five of RL and of SFT; three of sft_rl, RL from those SFT models, which makes four passes in all
+#   forks   three seeds of each patch in forks/, at RL's rate; the runs of RL are what they are compared with. A patch
+#           of your own is run with the others; one that you edit is run again after rm -r OUT/NAME-*
+#   text_   three seeds of RL and SFT where the numbers stand in the question too, at the same rates
 set -euo pipefail
 cd "$(dirname "$0")"
 export OUT=${1:-out/study} OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+OUT=${OUT%/}
 
 evaluated() {  # METHOD CHECKPOINTS SETTINGS TO: on METHOD's variant of the toy; TO is there once it is whole
     local data=data/toy/
@@ -34,7 +37,7 @@ train() {  # METHOD RATE SEED
     esac
     $command --model="$model" --train_data="$data" --val_data= --test_data= --learning_rate="$2" --seed="$3" \
         --out_dir="$run" --eval_every_epochs=0 --save_every_steps=$pass --keep_checkpoints=0 --init_from=resume
-    evaluated "$1" "$(printf "$run/checkpoints/step_%06d," $pass $((2 * pass)))" \
+    evaluated "$1" "$(printf "%s/checkpoints/step_%06d," "$run" $pass "$run" $((2 * pass)))" \
         "pass@1 T=0.6, pass@1 T=0.01 top_p=0.001" "$run/curve"
 }
 
@@ -58,14 +61,15 @@ END
 }
 
 count() {  # what is made already
-    find "$OUT" -path "$OUT/*/curve" -o -path "$OUT/*/passk" | wc -l
+    find "$OUT" -mindepth 2 -maxdepth 2 -name curve -o -mindepth 2 -maxdepth 2 -name passk | wc -l
 }
 
 job() {  # NEW COMMAND...: makes the folder OUT/NEW, unless it is there, and says what is left
     [ ! -e "$OUT/$1" ] || return 0
     local log=$OUT/log/${1//\//-} made
     mkdir -p "$OUT/${1%/*}"
-    bash -euo pipefail -c '"$@"' - "${@:2}" > "$log" 2>&1 || { echo "$1 failed, see $log"; exit 255; }
+    # in a bash of its own, since set -e does not hold to the left of ||
+    bash -euo pipefail -c '"$@"' - "${@:2}" > "$log" 2>&1 || { echo "$1 was stopped or failed, see $log"; exit 255; }
     made=$(count)
     echo "$(date +%T) $1 is made, $made of $JOBS; some" \
         "$(((JOBS - made) * ($(date +%s) - STARTED) / (made - MADE) / 60)) minutes left"
@@ -81,37 +85,39 @@ each() {  # runs the lines, two at a time; one that fails ends the study
 export -f evaluated train passk base best count job
 
 mkdir -p "$OUT/log"
+exec 9> "$OUT/lock"
+flock 9  # held by whatever a call has started
+[ ! -e data/toy ] || [ -e data/toy/hard.jsonl ] || { echo "data/toy is an older one: rm -r data/toy"; exit 2; }
 FORKS=$(basename -s .patch forks/*.patch)
-STARTED=$(date +%s) MADE=$(count) JOBS=81  # 54 runs, pass@k of 25 and of two base models
+STARTED=$(date +%s) MADE=$(count) JOBS=$((23 + 3 * $(wc -w <<< "$FORKS") + 21))  # trained, forks, pass@k
 export STARTED MADE JOBS
 
 for rate in 1e-4 2e-4 5e-5; do lines train curve rl $rate 0; lines train curve sft $rate 0; done | each
-RL=$(best rl) SFT=$(best sft)
-{ lines train curve rl "$RL" 1 2 3 4; lines train curve sft "$SFT" 1 2 3 4; echo "base-0/passk base base"; } | each
-{ lines train curve sft_rl "$RL" 0 1 2 3 4; for fork in $FORKS; do lines train curve "$fork" "$RL" 0 1 2; done; } | each
-{ for method in "rl $RL" "sft $SFT" "sft_rl $RL"; do lines passk passk $method 0 1 2 3 4; done; } | each
+RL=$(best rl)
+SFT=$(best sft)
+{ lines train curve rl "$RL" 1 2 3 4; lines train curve sft "$SFT" 1 2 3 4
+  lines train curve sft_rl "$RL" 0 1 2; } | each
+for fork in $FORKS; do lines train curve "$fork" "$RL" 0 1 2; done | each
+{ lines train curve text_rl "$RL" 0 1 2; lines train curve text_sft "$SFT" 0 1 2; } | each
+{ echo "base-0/passk base base"; echo "text_base-0/passk base text_base"
+  lines passk passk rl "$RL" 0 1 2 3 4; lines passk passk sft "$SFT" 0 1 2 3 4; lines passk passk sft_rl "$RL" 0 1 2
+  lines passk passk text_rl "$RL" 0 1 2; lines passk passk text_sft "$SFT" 0 1 2; } | each
 
-for rate in 1e-4 2e-4 5e-5; do lines train curve text_rl $rate 0; lines train curve text_sft $rate 0; done | each
-TEXT_RL=$(best text_rl) TEXT_SFT=$(best text_sft)
-{ lines train curve text_rl "$TEXT_RL" 1 2 3 4; lines train curve text_sft "$TEXT_SFT" 1 2 3 4; } | each
-{ for method in "text_rl $TEXT_RL" "text_sft $TEXT_SFT"; do lines passk passk $method 0 1 2 3 4; done
-  echo "text_base-0/passk base text_base"; } | each
-
-# what results/study has: the runs without checkpoints, of their samples one in 64 (of evaluations one in 720); reports
+# what results/study has: the runs without checkpoints, one in 331 of their samples, and reports
 rm -rf "$OUT/kept"
-mkdir "$OUT/kept"
-(
-    cd "$OUT"
-    cp --parents ./*/config.py ./*/metrics.jsonl ./*/{curve,passk}/{config.py,eval.jsonl} kept
-    for samples in ./*/samples.jsonl; do awk 'NR % 64 == 1' "$samples" > "kept/$samples"; done
-    for samples in ./*/{curve,passk}/samples.jsonl; do awk 'NR % 720 == 1' "$samples" > "kept/$samples"; done
-)
-(
-    cd "$OUT/kept"
-    export PYTHONPATH=$OLDPWD
-    python -m report --methods rl-$RL-? sft-$SFT-? sft_rl-$RL-? base-0 --out=picture
-    python -m report --methods text_rl-$TEXT_RL-? text_sft-$TEXT_SFT-? text_base-0 --out=text
-    python -m report --methods rl-$RL-? $(for fork in $FORKS; do echo $fork-$RL-?; done) --out=forks
-    for text in "" text_; do python -m report --methods $text{rl,sft}-{5e-5,1e-4,2e-4}-0 --out=${text}rates; done
-    python -m report rl-$RL-? --out=seeds
-)
+for run in "$OUT"/*-[0-9]; do
+    for file in config.py metrics.jsonl samples.jsonl {curve,passk}/{config.py,eval.jsonl,samples.jsonl}; do
+        [ -e "$run/$file" ] || continue
+        kept=$OUT/kept/${run##*/}/$file
+        mkdir -p "${kept%/*}"
+        if [[ $file == *samples.jsonl ]]; then awk 'NR % 331 == 1' "$run/$file" > "$kept"
+        else cp "$run/$file" "$kept"; fi
+    done
+done
+export PYTHONPATH=$PWD
+cd "$OUT/kept"
+python -m report --methods {rl,sft}-{5e-5,1e-4,2e-4}-0 --out=rates
+python -m report --methods rl-$RL-? sft-$SFT-? sft_rl-$RL-? base-0 --out=picture
+python -m report --methods text_rl-$RL-? text_sft-$SFT-? text_base-0 --out=text
+python -m report --methods rl-$RL-? $(for fork in $FORKS; do echo $fork-$RL-?; done) --out=forks
+python -m report rl-$RL-? --out=seeds

@@ -23,7 +23,7 @@ import sys
 
 from configurator import UserError
 from reflection import WORDS
-from report.figures import COLORS, draw, make_figures
+from report.figures import draw, make_figures
 from report.methods import method_figure, method_numbers, method_tables
 from report.page import read_samples, write_page
 from report.paper import paper_numbers
@@ -174,8 +174,6 @@ def write_texts(out, numbers, report):
 def write_methods(out, runs):
     """The report of several methods: tables and a figure, without a page."""
     numbers = method_numbers(runs)
-    if len(numbers) > len(COLORS):
-        fail(f"{len(numbers)} methods, at most {len(COLORS)} can be told apart")
     figure = method_figure(numbers, runs)
     draw(figure, f"{out}/figures/methods.png")
     write_texts(out, numbers, {"title": ", ".join(numbers), "notes": [], "figures": [figure],

@@ -16,7 +16,8 @@ LOOKS = {"rl": {"color": "#0072B2", "linestyle": "-", "marker": "o"},  # Okabe a
          "sft": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
          "base": {"color": "#666666", "linestyle": ":"}}
 COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000 #999999".split()
-LOOKS |= {str(i): {"color": COLORS[i], "linestyle": "-", "marker": "osv^Dx*+"[i]} for i in range(len(COLORS))}
+LOOKS |= {str(i): {"color": COLORS[i % 8], "linestyle": "-" if i < 8 else "--", "marker": "osv^Dx*+"[i % 8]}
+          for i in range(24)}
 
 
 def series(name, role, points):

@@ -17,6 +17,7 @@ from report.scheme import averaged, half_width, mean, number, read_jsonl, weight
 
 REACH = (0.6, 0.8)  # validation accuracy under CURVE
 CURVE = "pass@1 T=0.6 top_p=1"
+UNTRAINED = "untrained"
 KS = (1, 2, 4, 8, 16)  # of the curves of pass@k
 TRAINING = (  # column, key of metrics.jsonl, what of a run's steps, format
     ("length, first step", "response/length", lambda values: values[0], ".1f"),
@@ -77,15 +78,14 @@ def pass_at_k(of_run, problems):
 
 def difference(first, other):
     """{mean, width, runs} of first less other, {run's number: accuracy} each, over the numbers that both
-    have; the only run of a method, as the untrained model, stands beside all. width: half of the 95% interval
-    over seeds, None for one pair."""
-    if len(first) == 1 or len(other) == 1:
-        pairs = [(x, y) for x in first.values() for y in other.values()]
-    else:
-        pairs = [(first[seed], other[seed]) for seed in first if seed in other]
-    values = [x - y for x, y in pairs]
-    width = half_width(values) if len(values) > 1 else None
-    return {"mean": mean(values), "width": width, "runs": values}
+    have; an untrained model, UNTRAINED in place of the number, stands beside all. width: half of the 95%
+    interval over seeds, None for one pair; None without any."""
+    pairs = [(first.get(seed, first.get(UNTRAINED)), other.get(seed, other.get(UNTRAINED)))
+             for seed in dict.fromkeys([*first, *other])]
+    values = [x - y for x, y in pairs if x is not None and y is not None]
+    if not values:
+        return None
+    return {"mean": mean(values), "width": half_width(values) if len(values) > 1 else None, "runs": values}
 
 
 def method_numbers(runs):
@@ -95,7 +95,7 @@ def method_numbers(runs):
         found = [read_accuracies(run) for run in group]
         curves, final, seeds = [of_run["validation", CURVE] for of_run in found], {}, {}
         for key in dict.fromkeys(key for of_run in found for key in of_run):
-            last = {run.name[len(name):]: of_run[key][max(of_run[key])]
+            last = {run.name[len(name):] if run.metrics else UNTRAINED: of_run[key][max(of_run[key])]
                     for run, of_run in zip(group, found) if key in of_run}
             seeds[", ".join(key)] = {seed: accuracy for seed, (accuracy, _) in last.items()}
             n = next(iter(last.values()))[1]
@@ -130,9 +130,9 @@ def method_tables(numbers):
     def less(name, key):
         cell = numbers[name]["first_less_this"].get(key)
         if not cell or cell["width"] is None:
-            return f"{100 * cell['mean']:+.1f}" if cell else "–"
-        return "{:+.1f} ({:+.1f} to {:+.1f})".format(
-            *(100 * (cell["mean"] + sign * cell["width"]) for sign in (0, -1, 1)))
+            return f"{100 * cell['mean']:+.1f}, one pair" if cell else "–"
+        interval = (100 * (cell["mean"] + sign * cell["width"]) for sign in (0, -1, 1))
+        return "{:+.1f} ({:+.1f} to {:+.1f})".format(*interval) + f", n={len(cell['runs'])}"
 
     def needed(values):
         there = [value for value in values if value is not None]
@@ -157,7 +157,7 @@ def method_tables(numbers):
              columns=["problems, setting", *numbers],
              rows=[[key, *(accuracy(name, key) for name in numbers)] for key in settings]),
         dict(title="Difference", caption=f"{first} less the others, in points, of runs with the same number; "
-             "in brackets 95% for other seeds (Student's t), on these problems.",
+             "in brackets 95% for other seeds (Student's t, n pairs), on these problems.",
              columns=["problems, setting", *others],
              rows=[[key, *(less(name, key) for name in others)] for key in settings]),
         dict(title="Training", caption="Mean over runs (least to most). Ratio and sample size are of tokens; "

@@ -189,7 +189,7 @@ def test_methods_are_compared_by_samples_needed_final_accuracy_and_training(tmp_
         ["training, mean of all steps", "50.0 (21.5 to 78.5)", "50.0 (21.5 to 78.5)", "–"]])
     # pairs 0.75 - 0.25, 1 - 0.25; 0.75 - 0.5, 1 - 0.5: 12.706 * sd / sqrt(2) = 12.706 * 0.125
     assert rows_of(tmp_path / "out", "Difference")[1][0][1:] == [
-        "+62.5 (-96.3 to +221.3)", "+37.5 (-121.3 to +196.3)"]
+        "+62.5 (-96.3 to +221.3), n=2", "+37.5 (-121.3 to +196.3), n=2"]
     columns, rows = rows_of(tmp_path / "out", "Training")
     assert dict(zip(columns, rows[0])) == {
         "method": "grpo", "length, first step": "6.0 (6.0 to 6.0)", "length, last step": "7.0 (7.0 to 7.0)"}

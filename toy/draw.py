@@ -173,7 +173,7 @@ def problem(family, split, rng):
     while not numbers or split_of(numbers) != ("test" if split == "hard" else split):
         numbers = draw_numbers(family, rng)
         if split == "hard":
-            largest = 9 if len(numbers) == 3 else 5  # the sum before the last number is then at most 27
+            largest = 9 if len(numbers) == 3 else 5  # the sum before the last number is at most 16 + 5 + 5
             numbers = [rng.randint(10, 16), *(rng.randint(2, largest) for _ in numbers[1:])]
     letters = rng.choice(LETTERS)
     lines, corners, cells, question = layout(family, len(numbers), rng)
