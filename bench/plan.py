@@ -13,7 +13,6 @@ import os
 import sys
 
 import torch
-from huggingface_hub import hf_hub_download
 from transformers import AutoModelForImageTextToText
 
 import model as models
@@ -136,16 +135,12 @@ if __name__ == "__main__":
     if not per_epoch or least < 1 or responses % minibatch or minibatch % least:
         raise UserError(f"config: {rows} rows must fill {batch=}; {minibatch=} must divide {responses=} of a "
                         f"step, and be a multiple of samples_per_query * nproc = {least}")
-    try:
-        is_folder = os.path.isdir(c["model"])
-        folder = c["model"] if is_folder else os.path.dirname(hf_hub_download(c["model"], "config.json"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model: no config.json of {c['model']!r} ({type(error).__name__})") from error
     vllm = c["rollout"] == "vllm"
     gpus = arguments.gpus or nproc + vllm
     if gpus < nproc or gpus == nproc > 1 and vllm:
         raise UserError(f"--gpus={gpus} are too few for {nproc} that train and one that samples")
-    for title, numbers in plan(c, models.load_config(folder), nproc, gpu_gb, vllm and gpus == nproc).items():
+    hf_config = models.load_config(c["model"])
+    for title, numbers in plan(c, hf_config, nproc, gpu_gb, vllm and gpus == nproc).items():
         for what, n in {title: sum(numbers.values()), **numbers}.items():
             print(f"{what if what == title else '    ' + what:52}{n / 1e9:8.3f}")
         if numbers and ("GPU" in title or "while" in title):

@@ -2,11 +2,11 @@
 
     python -m bench.sizes FOLDER "vocab_size=4096 vision.depth=4" config/toy.py [--key=value ...]
 """
-import pathlib
+import shutil
 import sys
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import train_rl
 from configurator import UserError, configure
@@ -16,11 +16,6 @@ from model import local_folder
 def make_model(source, folder, sizes, seed):
     """Writes folder: the source's tokenizer and processor, its config with the sizes, random weights. What
     follows from the sizes (mrope_section, head_dim, layer_types, the tower's output) is set here."""
-    source, folder = pathlib.Path(source), pathlib.Path(folder)
-    folder.mkdir()
-    for path in source.iterdir():
-        if path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json"):
-            (folder / path.name).write_bytes(path.read_bytes())
     config = AutoConfig.from_pretrained(source)
     text, vision = config.text_config, config.vision_config
     for word in sizes.replace(",", " ").split():
@@ -37,10 +32,9 @@ def make_model(source, folder, sizes, seed):
     output = "out_hidden_size" if hasattr(vision, "out_hidden_size") else "hidden_size"
     setattr(vision, output, text.hidden_size)
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.save_pretrained(folder)
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    left_out = shutil.ignore_patterns("config.json", "*.safetensors*", "trainer", "adapter")
+    shutil.copytree(source, folder, dirs_exist_ok=True, ignore=left_out)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
     python -m bench.trl_side ROWS config/toy.py [--key=value ...]      # pip install -r bench/requirements.txt
 
-ROWS: per_device_train_batch_size. 'default' leaves to TRL how it computes: 8 rows, autocast to bfloat16,
-layers recomputed in backward. It is given what ours is: model, tower frozen; dtype; prompts, and pictures at
-their final size; judge and score; responses a step and updates; AdamW, clipping, KL term; the length of
+ROWS: per_device_train_batch_size. It is given what ours is: model, tower frozen; dtype; prompts, and pictures
+at their final size; judge and score; responses a step and updates; AdamW, clipping, KL term; the length of
 responses. What differs: it wants 2 responses to a prompt at least, so with samples_per_query=1 it has half as
 many prompts; it makes features of the picture of each response, in each forward; it samples from the trained
 model, so it has no sync and one copy of the model less. time/trajectory_s is its log-probabilities and judge.
@@ -15,7 +14,9 @@ import sys
 import time
 from types import SimpleNamespace
 
+import datasets
 import torch
+import trl
 from transformers import AutoProcessor, TrainerCallback
 
 import train_rl
@@ -24,21 +25,13 @@ from data import INSTRUCTION, Dataset, load_processor, order
 from model import compute_dtype, local_folder, peak_gb
 from reward import format_reward, judge_batch, language_reward
 
-try:
-    import datasets
-    import trl
-except ImportError as error:
-    sys.exit(f"{error}: --against=trl wants pip install -r bench/requirements.txt")
-
 
 def make_table(train, chosen):
     """The problems of those rows as TRL has them; a message's text stands behind the picture."""
     rows = [{"prompt": [{"role": "user", "content": sample.question.replace("<image>", "") + INSTRUCTION}],
              "image": train.query(i).images[0], "answer": sample.answer}
             for i, sample in ((i, train.samples[i]) for i in chosen)]
-    message = {"role": datasets.Value("string"), "content": datasets.Value("string")}
-    return datasets.Dataset.from_list(rows, features=datasets.Features(
-        {"prompt": [message], "image": datasets.Image(), "answer": datasets.Value("string")}))
+    return datasets.Dataset.from_list(rows)
 
 
 def check_prompt(train, processor, chosen):
@@ -51,10 +44,6 @@ def check_prompt(train, processor, chosen):
 def settings(c, rows, updates, generations, device):
     """The GRPOConfig of a run with the knobs c."""
     responses = c.batch_size * c.samples_per_query
-    how = dict(per_device_train_batch_size=rows, bf16=compute_dtype(c.dtype, device) == torch.bfloat16,
-               gradient_checkpointing=c.activation_checkpointing)
-    if not rows:
-        how, rows = {}, trl.GRPOConfig.per_device_train_batch_size
     if c.minibatch_size % rows or rows % generations:
         raise UserError(f"--trl_rows: {rows} must divide minibatch_size={c.minibatch_size} and be a "
                         f"multiple of {generations}, the responses to a prompt")
@@ -62,12 +51,14 @@ def settings(c, rows, updates, generations, device):
         output_dir=c.out_dir, report_to="none", save_strategy="no", logging_steps=10**6, disable_tqdm=True,
         use_cpu=device.type == "cpu", seed=c.seed, shuffle_dataset=False, dataloader_pin_memory=False,
         max_steps=c.max_steps * updates, num_generations=generations, num_iterations=c.ppo_epochs,
+        per_device_train_batch_size=rows, gradient_checkpointing=c.activation_checkpointing,
+        bf16=compute_dtype(c.dtype, device) == torch.bfloat16,
         gradient_accumulation_steps=c.minibatch_size // rows, steps_per_generation=responses // rows,
         max_completion_length=c.max_new_tokens, temperature=c.temperature, beta=c.kl_loss_coeff,
         epsilon=c.clip_low, epsilon_high=c.clip_high, loss_type="grpo", learning_rate=c.learning_rate,
         lr_scheduler_type="constant", adam_beta1=c.adam_beta1, adam_beta2=c.adam_beta2,
         adam_epsilon=c.adam_eps, weight_decay=c.weight_decay, max_grad_norm=c.clip_grad_norm,
-        model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"}, **how)
+        model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"})
 
 
 class Clock(TrainerCallback):
@@ -141,5 +132,4 @@ def main(rows, c):
 
 
 if __name__ == "__main__":
-    main(0 if sys.argv[1] == "default" else int(sys.argv[1]),
-         SimpleNamespace(**configure(vars(train_rl), sys.argv[2:])))
+    main(int(sys.argv[1]), SimpleNamespace(**configure(vars(train_rl), sys.argv[2:])))

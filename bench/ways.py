@@ -12,21 +12,17 @@ import runpy
 import sys
 
 import torch
-import torch.nn.functional as F
-from transformers import AttentionInterface, AutoModelForImageTextToText
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForImageTextToText
 
 import model
-
-
-def pad(rows):
-    """(B, L, ...) of B tensors (n, ...), with 0 on the right."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
 def padded(sequences, device):
     """ids (B, L), positions (3, B, L), and masks (B, L) of B Sequence: real, on tokens that are no padding;
     in_query; and before, on tokens whose state predicts a response's token."""
-    ids, positions = pad(s.ids for s in sequences), pad(s.positions.T for s in sequences).permute(2, 0, 1)
+    ids = pad_sequence([s.ids for s in sequences], batch_first=True)
+    positions = pad_sequence([s.positions.T for s in sequences], batch_first=True).permute(2, 0, 1)
     column = torch.arange(ids.shape[1])
     begins = torch.tensor([[s.query_length] for s in sequences])
     ends = torch.tensor([[len(s.ids)] for s in sequences])
@@ -43,26 +39,17 @@ def in_rows(sequences, *values):
 # ------------------------------------------------------------------------------------------------------------
 # our own forward, but padded
 
-def causal_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """transformers' attention interface. query (B, heads, L, D), key and value (B, key-value heads, L, D). No
-    mask: what counts in a row is before its padding."""
-    groups = query.shape[1] // key.shape[1]
-    if query.device.type == "cpu":  # as in model.packed_attention
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling,
-                                         enable_gqa=query.shape[1] != key.shape[1])
-    return out.transpose(1, 2), None
-
-
 def padded_forward(policy, sequences, temperature):
-    """What Policy.forward returns."""
+    """What Policy.forward returns. Attention is model.packed_attention's, of rows that hold one sequence of
+    all their length: causal, so it needs no mask, since what counts in a row is before its padding."""
     text = policy.language_model
     head = text.embed_tokens if policy.lm_head is None else policy.lm_head
     ids, positions, _, in_query, before = padded(sequences, head.weight.device)
     embeds, slots = text.embed_tokens(ids), (ids == policy.image_token_id) & in_query
     embeds, deepstack = policy.embed_pictures(embeds, slots, sequences)
     extra = dict(visual_pos_masks=slots, deepstack_visual_embeds=deepstack) if deepstack else {}
-    hidden = text(inputs_embeds=embeds, position_ids=positions, use_cache=False, **extra).last_hidden_state
+    hidden = text(inputs_embeds=embeds, position_ids=positions, use_cache=False, lengths=[ids.shape[1]],
+                  **extra).last_hidden_state
     targets, banned_ids = ids.roll(-1, 1)[before], policy.banned_ids.to(ids.device)
     return in_rows(sequences, *model.chunked_logprobs(hidden[before], head.weight, targets, temperature,
                                                       banned_ids))
@@ -125,7 +112,6 @@ def padded_microbatches(sequences, rows, max_tokens):
 if __name__ == "__main__":
     way, sys.argv = sys.argv[1], ["train_rl.py", *sys.argv[2:]]
     if way == "padded":
-        AttentionInterface.register("packed", causal_attention)
         model.Policy.forward = padded_forward
     else:
         model.load_policy, model.microbatches = plain_load_policy, padded_microbatches

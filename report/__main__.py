@@ -188,8 +188,6 @@ def main(argv=None):
     real = [os.path.realpath(folder) for folder in folders]
     if len(set(real)) < len(real):
         fail("a run is given twice, it would count twice")
-    if os.path.isfile(out):
-        fail(f"--out={out} is a file; name a folder to write to")
     names = [os.path.basename(path) for path in real]
     names = [folder if names.count(name) > 1 else name for folder, name in zip(folders, names)]
     roles = ["any" if arguments.methods else "rl"] * len(arguments.runs) + ["sft"] * len(arguments.sft)

@@ -17,7 +17,6 @@ from report.scheme import averaged, half_width, mean, number, read_jsonl, weight
 
 REACH = (0.6, 0.8)  # validation accuracy under CURVE
 CURVE = "pass@1 T=0.6 top_p=1"
-UNTRAINED = "untrained"
 KS = (1, 2, 4, 8, 16)  # of the curves of pass@k
 TRAINING = (  # column, key of metrics.jsonl, what of a run's steps, format
     ("length, first step", "response/length", lambda values: values[0], ".1f"),
@@ -78,9 +77,9 @@ def pass_at_k(of_run, problems):
 
 def difference(first, other):
     """{mean, width, runs} of first less other, {run's number: accuracy} each, over the numbers that both
-    have; an untrained model, UNTRAINED in place of the number, stands beside all. width: half of the 95%
-    interval over seeds, None for one pair; None without any."""
-    pairs = [(first.get(seed, first.get(UNTRAINED)), other.get(seed, other.get(UNTRAINED)))
+    have; an untrained model, with None for a number, stands beside all. width: half of the 95% interval over
+    seeds, None for one pair; None without any."""
+    pairs = [(first.get(seed, first.get(None)), other.get(seed, other.get(None)))
              for seed in dict.fromkeys([*first, *other])]
     values = [x - y for x, y in pairs if x is not None and y is not None]
     if not values:
@@ -95,13 +94,12 @@ def method_numbers(runs):
         found = [read_accuracies(run) for run in group]
         curves, final, seeds = [of_run["validation", CURVE] for of_run in found], {}, {}
         for key in dict.fromkeys(key for of_run in found for key in of_run):
-            last = {run.name[len(name):] if run.metrics else UNTRAINED: of_run[key][max(of_run[key])]
+            last = {run.name[len(name):] if run.metrics else None: of_run[key][max(of_run[key])]
                     for run, of_run in zip(group, found) if key in of_run}
             seeds[", ".join(key)] = {seed: accuracy for seed, (accuracy, _) in last.items()}
             n = next(iter(last.values()))[1]
             final[", ".join(key)] = averaged([accuracy for accuracy, _ in last.values()], n, seeds=True)
         first = first or seeds
-        columns = {column: (key, pick) for column, key, pick, _ in TRAINING}
         rates = [re.search(r"^learning_rate = (.*)$", run.config, re.M) for run in group]
         numbers[name] = {
             "learning_rate": " / ".join(dict.fromkeys(rate[1] if rate else "–" for rate in rates)),
@@ -114,18 +112,16 @@ def method_numbers(runs):
                           for problems, setting in found[0] if setting == "pass@1 T=1 top_p=1"},
             "training": {column: [pick(values) for run in group if (
                 values := [row[key] for row in run.metrics if row.get(key) is not None])]
-                for column, (key, pick) in columns.items()}}
+                for column, key, pick, _ in TRAINING}}
     return numbers
 
 
 def method_tables(numbers):
     """[{title, caption, columns, rows}] of what method_numbers returns."""
-    def percent(value, low, high):
-        return f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-
     def accuracy(name, key):
         cell = numbers[name]["final"].get(key)
-        return percent(cell["mean"], cell["low"], cell["high"]) if cell else "–"
+        shown = "{:.1f} ({:.1f} to {:.1f})"
+        return shown.format(*(100 * cell[part] for part in ("mean", "low", "high"))) if cell else "–"
 
     def less(name, key):
         cell = numbers[name]["first_less_this"].get(key)
@@ -135,9 +131,7 @@ def method_tables(numbers):
         return "{:+.1f} ({:+.1f} to {:+.1f})".format(*interval) + f", n={len(cell['runs'])}"
 
     def needed(values):
-        there = [value for value in values if value is not None]
-        text = f"{mean(there):,.0f} ({min(there):,} to {max(there):,})" if there else "never"
-        return text + (f"; never in {len(values) - len(there)}" if 0 < len(there) < len(values) else "")
+        return ", ".join("never" if value is None else f"{value:,}" for value in values)
 
     def spread(values, form):
         return f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})" if values else "–"
@@ -148,9 +142,9 @@ def method_tables(numbers):
     forms = {column: form for column, _, _, form in TRAINING}
     return [
         dict(title="Samples until", caption=f"The first evaluation of validation, {CURVE}, at or above the "
-             "accuracy, by the responses (SFT: solutions) trained on: mean over runs (least to most).",
-             columns=["method", "learning rate", "runs", *(f"{goal:.0%}" for goal in REACH)],
-             rows=[[name, m["learning_rate"], str(len(m["runs"])), *map(needed, m["reach"].values())]
+             "accuracy: responses (SFT: solutions) that each run had been trained on.",
+             columns=["method", "learning rate", *(f"{goal:.0%}" for goal in REACH)],
+             rows=[[name, m["learning_rate"], *map(needed, m["reach"].values())]
                    for name, m in numbers.items()]),
         dict(title="Final accuracy", caption="Percent, mean over runs; in brackets 95%, for another seed "
              "(Student's t) and for other problems (Wilson) in quadrature; all had the same problems.",

@@ -1,5 +1,5 @@
 r"""
-Hostile texts for the judge, the same ones for the same seed: each would hang, crash, fill the memory of, run
+Hostile texts for the judge, always the same ones: each would hang, crash, fill the memory of, run
 in, or reach the disk through a judge that trusts it, and none is the answer to a problem here (GOLDS).
 """
 import random
@@ -34,13 +34,6 @@ SLOW += [text * 150 + "3" for text in ("1/", "-", "+", "2^", "2^{", "((", "\\sqr
 WORDS = ["\x00", "\x1b[2J", "\u202e02\u202c", "\u200d" * 50, "\ufeff20", "\ud800", "\udfff\ud800", "\ud83d"]
 WORDS += ["٢٠x", "二十", "e" + "\u0301" * 300, "\x85\u2028\u2029", "\x7f" * 50]
 WORDS += [char * 390 for char in "½π⁹√²∠İ\t\xa0\r🤖\ufdfa"]
-
-# what a regular expression may take for long: pieces that are repeated, and ends that do not fit
-PIECES = r"""a A _a 1 1, , . \ \\ \a { } {} {{ ( ) () [ ] ([ < = x= == " "" ' $ \$ \text{ \text{a} \frac
-    \frac{1} \sqrt \sqrt[ \left( \right) \pm \cup \in \approx \le \circ ^ ^{ _ _{ ! | / : 1/ 1: % \% 1e5 cm
-    cm^2 \{ \} \color{a} \boxed - + & \\& ~ x_1, (1,2), [1,2) {,} \, \; ° 1. 1.5. \overline{ \over °C m/s f(
-    A). and or 000 ,000""".split() + [" ", " and ", " or ", "1 ", "= ", "million "]
-ENDS = ["", "!", "= 3", "}", "x", " ", "\\", "21", "$"]
 BRACKETS = {r"\sqrt{": "}", r"\frac{1}{": "}", "{": "}", "(": ")", "[": "]", r"\{": r"\}", "|": "|",
             "-(": ")", r"\text{": "}", r"\left(": ")", r"\boxed{": "}", "^{": "}", r"\sin(": ")", "!(": ")"}
 
@@ -49,39 +42,27 @@ def box(text):
     return rf"so the answer is \boxed{{{text}}}."
 
 
-def responses(count=1000, seed=0):
-    """[(kind, response), ...], all different."""
-    draw = random.Random(seed)
-    made = [("code", box(text)) for text in CODE] + [("code", text) for text in CODE]
-    made += [("slow", box(text)) for text in SLOW] + [("words", box(text)) for text in WORDS]
-    made += [("long", text) for text in (
+# (response, gold): a right answer in it, and something else
+LURES = [(box(text.replace("GOLD", gold)), gold) for gold in GOLDS[:-1] for text in (
+    "GOLD, GOLD, 1", r"GOLD \text{ or not}", "GOLD +", "not GOLD", r"\frac{GOLD}{0}", r"GOLD} \boxed{7",
+    "GOLD; 0.123456")]
+
+
+def responses():
+    """[response, ...]: code and slow ones first, the short and those cut at random last."""
+    made = [box(text) for text in CODE + SLOW + WORDS] + CODE
+    made += [
         box("9" * BIG), "9" * BIG, box("x" * BIG), "\\" * BIG, "{" * BIG, "\\boxed{" * 150_000,
         "\\boxed" + " " * BIG, "\\boxed{" + "{" * BIG, box("中" * BIG), " " * BIG + box(""), box("1," * BIG),
-        box("(" * BIG), "\\boxed 9" + "9" * BIG, "\\boxed{20}" * 10**5 + "\\boxed{")]
+        box("(" * BIG), "\\boxed 9" + "9" * BIG, "\\boxed{20}" * 10**5 + "\\boxed{"]
     for opening, closing in BRACKETS.items():
         for depth in (7, 9, 40, 300):
-            made.append(("nested", box(opening * depth + "2" + closing * depth)))
-            made.append(("nested", box(opening * depth + "2")))
-    made += [("empty", text) for text in (
+            made += [box(opening * depth + "2" + closing * depth), box(opening * depth + "2")]
+    made += [
         "", " ", r"\boxed", r"\boxed{", r"\boxed{}", r"\boxed{ }", r"\boxed{{}}", r"\boxed{\text{}}",
-        r"\boxed{\}", r"\boxed{$$}", r"\boxed{\\}", r"\boxed}{", "\\boxed{\n}", r"\boxed{.}")]
-    seen = {text for _, text in made}
-    while len(made) < count:
-        kind = draw.choice(("regex", "regex", "soup", "tower", "lure"))
-        if kind == "regex":
-            unit = draw.choice(PIECES) + draw.choice(PIECES + [""] * len(PIECES))
-            text = unit * (draw.choice((30, 395)) // len(unit)) + draw.choice(ENDS)
-        elif kind == "soup":
-            text = "".join(draw.choices(PIECES + ["2", "x", "3", "\\pi"], k=draw.choice((5, 20, 80))))
-        elif kind == "tower":
-            step, depth = draw.choice(("2^{", r"\frac{x}{", r"\sqrt{", r"\sin{")), draw.randrange(2, 12)
-            text = step * depth + draw.choice(("9", "x", "y", "\\pi")) + "}" * depth
-        else:       # a right answer in it, and something else
-            gold = draw.choice(GOLDS[:-1])
-            text = draw.choice((f"{gold}, {gold}, 1", rf"{gold} \text{{ or not}}", f"{gold} +", f"not {gold}",
-                                rf"\frac{{{gold}}}{{0}}", rf"{gold}}} \boxed{{7",
-                                f"{gold}; {draw.random():.6f}"))
-        if (text := box(text)) not in seen:
-            seen.add(text)
-            made.append((kind, text))
-    return made[:count]
+        r"\boxed{\}", r"\boxed{$$}", r"\boxed{\\}", r"\boxed}{", "\\boxed{\n}", r"\boxed{.}"]
+    draw = random.Random(0)
+    for _ in range(100):  # halves that do not fit
+        first, second = draw.sample(CODE + SLOW, 2)
+        made.append(box(first[:draw.randrange(30)] + second[-draw.randrange(1, 30):]))
+    return made

@@ -1,6 +1,5 @@
 """bench: its sides run train_rl.py as it stands and compute the same; the plan is arithmetic by hand."""
 import json
-import pathlib
 import re
 import runpy
 import shutil
@@ -13,8 +12,8 @@ from safetensors.torch import load_file
 from bench.__main__ import PARTS, largest_difference, parse, ratios, run
 from bench.sizes import make_model
 from configurator import UserError
+from conftest import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14,
           "spatial_merge_size": 2, "out_hidden_size": 3584}
 QWEN_7B = {  # the sizes of Qwen2.5-VL-7B-Instruct, written flat as its config.json on the hub is

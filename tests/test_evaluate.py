@@ -78,32 +78,21 @@ class Lucky:
 
 @pytest.fixture
 def ask(mixed, monkeypatch):
-    """ask(evals, samples_per_problem, ranks): (what the engine was asked, rows, samples)."""
-    def act(evals, samples_per_problem=0, ranks=1):
-        engine, parts = Lucky(), [[] for _ in range(ranks)]
-
-        def rank(i, gather_json):
-            monkeypatch.setattr(evaluate, "gather_json", gather_json)
-            world = SimpleNamespace(rank=i, world_size=ranks)
-            return evaluate.evaluate(engine, mixed, 16, 7, world, evals, samples_per_problem)
-
-        for i in range(ranks):  # each rank's part of every gathering, then rank 0 again with all of them
-            rank(i, lambda obj, i=i: parts[i].append(obj) or [obj])
-        asked, gatherings = list(engine.asked), zip(*parts)
-        return asked, *rank(0, lambda obj: list(next(gatherings)))
+    """ask(evals, samples_per_problem): (what the engine was asked, rows, samples), of one process."""
+    def act(evals, samples_per_problem=0):
+        engine, world = Lucky(), SimpleNamespace(rank=0, world_size=1)
+        monkeypatch.setattr(evaluate, "gather_json", lambda obj: [obj])
+        rows, samples = evaluate.evaluate(engine, mixed, 16, 7, world, evals, samples_per_problem)
+        return engine.asked, rows, samples
     return act
 
 
-def test_rows_and_samples_do_not_depend_on_the_ranks(ask, mixed):
+def test_rows_are_those_of_the_samples_and_these_of_the_settings(ask, mixed):
     asked, rows, samples = ask(PAPER)
     assert [len(seeds) for _, seeds, _ in asked] == [64, 8, 8] and len(samples) == 80
     assert len({seed for _, seeds, _ in asked for seed in seeds}) == 80, "no two responses share their luck"
     assert [sampling for _, _, sampling in asked] == [Sampling(t, p, 16) for _, t, p in PAPER]
     assert [(row["k"], row["temperature"], row["top_p"]) for row in rows] == list(PAPER)
-    for ranks in (2, 3):
-        parts, *same = ask(PAPER, ranks=ranks)
-        assert same == [rows, samples]
-        assert sorted(zip(*asked[0][:2])) == sorted(pair for part in parts[::3] for pair in zip(*part[:2]))
     for row in rows:
         mine = [s for s in samples if s["setting"] == row["setting"]]
         right = [any(s["correct"] for s in mine if s["id"] == sample.id) for sample in mixed.samples]
@@ -127,16 +116,6 @@ def test_several_k_share_the_responses_of_the_largest(ask):
     (few,), (more,) = (ask(((2, 1.0, 1.0),), samples_per_problem=n)[0] for n in (0, 6))
     assert more[0] == [row for row in range(8) for _ in range(6)]
     assert few[1] == [seed for i in range(8) for seed in more[1][6 * i:][:2]], "the same ones, and more"
-
-
-def test_a_trainers_evaluation_keeps_the_first_samples_of_each_setting(mixed, monkeypatch, capsys):
-    written, world = {"eval": [], "samples": []}, SimpleNamespace(rank=0, world_size=1)
-    logs = SimpleNamespace(write=lambda name, rows: written[name].extend(rows))
-    monkeypatch.setattr(evaluate, "gather_json", lambda obj: [obj])
-    evaluate.evaluate_all(Lucky(), {"test": mixed}, 4, 0.5, 16, 7, world, logs, 3)
-    settings = [row["setting"] for row in written["eval"]]
-    assert [sample["setting"] for sample in written["samples"]] == sum([[name] * 3 for name in settings], [])
-    assert capsys.readouterr().out.count("epoch 0.5 test") == len(settings) == 3
 
 
 def run_main(monkeypatch, *arguments):

@@ -53,9 +53,6 @@ def test_packed_logprobs_and_entropy_are_those_of_each_sequence_alone_by_transfo
         assert not logprobs[row, n:].any() and not entropy[row, n:].any()
     by_parts = model.response_logprobs(policy, sequences, 50, TEMPERATURE)
     torch.testing.assert_close(by_parts, logprobs, atol=1e-5, rtol=0)
-    # one-dimensional positions, the paper's code, would not pass
-    flat = [s._replace(positions=torch.arange(len(s.ids)).expand(3, -1)) for s in sequences]
-    assert (policy(flat, TEMPERATURE)[0][0] - logprobs[0]).abs().max() > 1e-3
     # a tower that is part of the policy makes the same features, in one call whatever the pictures
     owner, nothing = model.load_policy(folder, world, torch.float32, banned(dataset), train_connector=True)
     calls = []

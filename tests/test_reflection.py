@@ -5,7 +5,7 @@ import re
 import pytest
 
 from configurator import UserError
-from reflection import TOTALS, WORDS, add, count_words, metrics, ratios, tally, tally_file
+from reflection import TOTALS, WORDS, count_words, metrics, ratios, tally, tally_file
 from test_reward import run
 
 #            reflects?  correct?
@@ -63,11 +63,6 @@ def test_an_empty_denominator_is_none(responses, correct, empty):
 def test_substrings_and_whole_words(text, substring, word):
     for match, expected in (("substring", substring), ("word", word)):
         assert {name: n for name, n in count_words(text, match).items() if n} == expected
-
-
-def test_ratios_of_several_ranks_are_those_of_their_pooled_counts():
-    one, two = tally(RESPONSES[:1], CORRECT[:1]), tally(RESPONSES[1:], CORRECT[1:])
-    assert add(one, two) == add(two, one, tally([], [])) == COUNTS
 
 
 def write(path, *rows):

@@ -141,14 +141,13 @@ def test_real_responses(real_data):
 
 
 def test_hostile_responses_do_nothing(tmp_path):
-    """sixty of all kinds, code among them: none is right, none runs (HERE is the canary)."""
+    """a hundred of all kinds, code among them: none is right, none runs (HERE is the canary)."""
     code = r"""
 import hostile, reward
-corpus = hostile.responses()
-some = [text for kind, text in corpus if kind == "code"][:20] + [text for _, text in corpus[60::23]]
-got = reward.judge_batch([(text, hostile.GOLDS[i % 6]) for i, text in enumerate(some)])
+some = hostile.responses()[::4]
+got = reward.judge_batch([(text, hostile.GOLDS[i % 6]) for i, text in enumerate(some)] + hostile.LURES)
 reward.readable_batch(some[:20])
-print(len(some) >= 60, sum(verdict.correct for verdict in got))
+print(len(some) >= 100, sum(verdict.correct for verdict in got))
 """
     done = run("-c", code, folder=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True 0\n", "")
@@ -204,7 +203,7 @@ def fresh(monkeypatch):
 
 def test_verdicts_do_not_depend_on_the_number_of_workers_or_the_order(fresh):
     pairs = [(boxed(rf"\sqrt{{{3 * n * n + (n % 3 == 0)}}}"), rf"{n}\sqrt{{3}}") for n in range(2, 12)]
-    pairs += [(text, hostile.GOLDS[1]) for _, text in hostile.responses()[200::60]]
+    pairs += [(text, hostile.GOLDS[1]) for text in hostile.responses()[200::15]]
     fresh.setattr(reward, "WORKERS", 1)
     one = judge_batch(pairs)
     assert [verdict.correct for verdict in one[:10]] == [n % 3 != 0 for n in range(2, 12)]
