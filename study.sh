@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # The paper's questions on the toy: does RL beat SFT, in and out of distribution, and what does each departure change?
 #
-#     bash study.sh [OUT]      # out/study, of the repository; Linux, 2 CPU cores, two runs side by side, some 2 hours
+#     bash study.sh [OUT]      # out/study, of the repository; 2 CPU cores, two runs side by side, some 2 hours
 #
 # Broken off, it goes on when it is called again: a trainer that got Ctrl-C ends its step and leaves a checkpoint, and a
 # new call waits for it. Every run makes two passes over the same 4,096 problems. Its folder is METHOD-RATE-SEED: curve/
 # has the accuracies after each pass, passk/ pass@k of the last weights, on validation, test (new families) and hard
 # (those with larger numbers). The answers are in results/study.md.
-#   rates   RL and SFT from toy/base at three learning rates, seed 0; all others take the rate best on validation
-#   seeds   five of RL and of SFT; three of sft_rl, RL from those SFT models, which makes four passes in all
+#   rates   RL and SFT from toy/base at three learning rates, seed 0, on both variants of the toy (text_: the numbers
+#           stand in the question too); all other runs take the rate that is best on validation
+#   seeds   five of RL and of SFT, and of sft_rl: RL from those SFT models, which makes four passes in all
 #   forks   three seeds of each patch in forks/, at RL's rate; the runs of RL are what they are compared with. A patch
 #           of your own is run with the others; one that you edit is run again after rm -r OUT/NAME-*
-#   text_   three seeds of RL and SFT where the numbers stand in the question too, at the same rates
 set -euo pipefail
 cd "$(dirname "$0")"
 export OUT=${1:-out/study} OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -86,22 +86,26 @@ export -f evaluated train passk base best count job
 
 mkdir -p "$OUT/log"
 exec 9> "$OUT/lock"
-flock 9  # held by whatever a call has started
+! command -v flock > /dev/null || flock 9  # held by all that a call has started, to its end
 [ ! -e data/toy ] || [ -e data/toy/hard.jsonl ] || { echo "data/toy is an older one: rm -r data/toy"; exit 2; }
 FORKS=$(basename -s .patch forks/*.patch)
-STARTED=$(date +%s) MADE=$(count) JOBS=$((23 + 3 * $(wc -w <<< "$FORKS") + 21))  # trained, forks, pass@k
+STARTED=$(date +%s) MADE=$(count) JOBS=$((33 + 3 * $(wc -w <<< "$FORKS") + 27))  # trained, forks, pass@k
 export STARTED MADE JOBS
 
 for rate in 1e-4 2e-4 5e-5; do lines train curve rl $rate 0; lines train curve sft $rate 0; done | each
 RL=$(best rl)
 SFT=$(best sft)
 { lines train curve rl "$RL" 1 2 3 4; lines train curve sft "$SFT" 1 2 3 4
-  lines train curve sft_rl "$RL" 0 1 2; } | each
+  lines train curve sft_rl "$RL" 0 1 2 3 4; } | each
 for fork in $FORKS; do lines train curve "$fork" "$RL" 0 1 2; done | each
-{ lines train curve text_rl "$RL" 0 1 2; lines train curve text_sft "$SFT" 0 1 2; } | each
+for rate in 1e-4 2e-4 5e-5; do lines train curve text_rl $rate 0; lines train curve text_sft $rate 0; done | each
+TEXT_RL=$(best text_rl)
+TEXT_SFT=$(best text_sft)
+{ lines train curve text_rl "$TEXT_RL" 1 2 3 4; lines train curve text_sft "$TEXT_SFT" 1 2 3 4; } | each
 { echo "base-0/passk base base"; echo "text_base-0/passk base text_base"
-  lines passk passk rl "$RL" 0 1 2 3 4; lines passk passk sft "$SFT" 0 1 2 3 4; lines passk passk sft_rl "$RL" 0 1 2
-  lines passk passk text_rl "$RL" 0 1 2; lines passk passk text_sft "$SFT" 0 1 2; } | each
+  for method in "rl $RL" "sft $SFT" "sft_rl $RL" "text_rl $TEXT_RL" "text_sft $TEXT_SFT"; do
+      lines passk passk $method 0 1 2 3 4
+  done; } | each
 
 # what results/study has: the runs without checkpoints, one in 331 of their samples, and reports
 rm -rf "$OUT/kept"
@@ -117,7 +121,8 @@ done
 export PYTHONPATH=$PWD
 cd "$OUT/kept"
 python -m report --methods {rl,sft}-{5e-5,1e-4,2e-4}-0 --out=rates
+python -m report --methods text_{rl,sft}-{5e-5,1e-4,2e-4}-0 --out=text_rates
 python -m report --methods rl-$RL-? sft-$SFT-? sft_rl-$RL-? base-0 --out=picture
-python -m report --methods text_rl-$RL-? text_sft-$SFT-? text_base-0 --out=text
+python -m report --methods text_rl-$TEXT_RL-? text_sft-$TEXT_SFT-? text_base-0 --out=text
 python -m report --methods rl-$RL-? $(for fork in $FORKS; do echo $fork-$RL-?; done) --out=forks
 python -m report rl-$RL-? --out=seeds
