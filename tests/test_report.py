@@ -1,7 +1,11 @@
 """`python -m report`: its numbers against short independent computations, its notes and its errors."""
 import json
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 from statistics import mean, stdev
 
 import numpy as np
@@ -194,6 +198,21 @@ def test_methods_are_compared_by_samples_needed_final_accuracy_and_training(tmp_
     assert dict(zip(columns, rows[0])) == {
         "method": "grpo", "length, first step": "6.0 (6.0 to 6.0)", "length, last step": "7.0 (7.0 to 7.0)"}
     assert (tmp_path / "out/figures/methods.png").exists()
+
+
+def test_the_study_is_all_there_and_its_tables_are_made_again_from_its_files(tmp_path):
+    """By study.sh, which has nothing left to run. Every number of study.md with an interval is in a table."""
+    study, out = ROOT / "results/study", tmp_path / "study"
+    shutil.copytree(study, out)
+    env = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "study.sh", out], cwd=ROOT, env=env, capture_output=True, timeout=200)
+    assert done.returncode == 0 and b"is made" not in done.stdout, done.stderr
+    made = {path.name: (out / "kept" / path.name / "report.md").read_text(encoding="utf-8")
+            for path in study.iterdir() if (path / "report.md").exists()}
+    assert made == {name: (study / name / "report.md").read_text(encoding="utf-8") for name in made}
+    page = " ".join((ROOT / "results/study.md").read_text(encoding="utf-8").split())
+    cells = re.findall(r"[-+]?\d+\.\d+ \([^()]+ to [^()]+\)", page)
+    assert len(cells) > 40 and not [cell for cell in cells if cell not in "".join(made.values())]
 
 
 def test_user_errors_are_one_line_that_says_what_and_where(tmp_path):
