@@ -97,7 +97,7 @@ def accuracy_rows(table, rl, sft):
 
 def length_rows(table):
     """The rows of the table of lengths; for several runs, with their mean and standard deviation below."""
-    forms = dict.fromkeys(("first step", *PERIODS), ".1f") | {"r": ".2f"}
+    forms = dict.fromkeys(("first step", *PERIODS), ".1f") | {"r": ".2f", "r, last epoch": ".2f"}
     rows = [[row["run"], *(shown(row[key], form) for key, form in forms.items())] for row in table]
     if len(table) > 1:
         columns = {key: [row[key] for row in table] for key in forms}
@@ -124,7 +124,7 @@ def make_tables(numbers, rl, sft):
          ["word", *PERIODS], reflection(WORDS, ".1f")),
         ("Response length", "Tokens. r is Pearson's correlation of response length with reflection ratio "
          "over a run's steps; both may follow training without one causing the other.",
-         ["run", "first step", *PERIODS, "r with reflection"], length_rows(numbers["length"])))
+         ["run", "first step", *PERIODS, "r", "r, last epoch"], length_rows(numbers["length"])))
     return [dict(zip(("title", "caption", "columns", "rows"), table)) for table in tables]
 
 

@@ -111,7 +111,6 @@ def draw(figure, path):
             draw_curve(axis, curve, 100 if panel["percent"] else 1)
         unit = "percent" if panel["percent"] else panel["y"]
         axis.set(title=panel["title"], xlabel=panel["x"], ylabel=unit)
-        axis.set_xlim(right=panel.get("until"))
         axis.title.set(fontsize=10, parse_math=False)  # a setting's name is not ours to be typeset
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)

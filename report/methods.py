@@ -9,6 +9,7 @@ what evaluate.py wrote to folders within it, about checkpoints of known steps.
 import glob
 import os
 import re
+import statistics
 from collections import defaultdict
 
 from configurator import UserError
@@ -19,10 +20,10 @@ REACH = (0.6, 0.8)  # validation accuracy under CURVE
 CURVE = "pass@1 T=0.6 top_p=1"
 KS = (1, 2, 4, 8, 16)  # of the curves of pass@k
 TRAINING = (  # column, key of metrics.jsonl, what of a run's steps, format
-    ("length, first step", "response/length", lambda values: values[0], ".1f"),
     ("length, last step", "response/length", lambda values: values[-1], ".1f"),
     ("entropy, last step", "policy/entropy", lambda values: values[-1], ".3f"),
-    ("KL to the base, last step", "rollout/kl", lambda values: values[-1], ".3f"),
+    ("reflection ratio, last half", "reflection/reflection_ratio", lambda v: mean(v[len(v) // 2:]), ".3f"),
+    ("KL to the base, median", "rollout/kl", statistics.median, ".3f"),
     ("clip fraction, mean", "policy/clipfrac", mean, ".4f"),
     ("groups without signal, mean", "train/groups_without_signal", mean, ".1f"),
     ("trainer to engine, mean", "rollout/logprob_diff", mean, ".1e"),
@@ -88,7 +89,7 @@ def difference(first, other):
 
 
 def method_numbers(runs):
-    """{method: {learning_rate, runs, reach, final, first_less_this, curves, training}} of all runs."""
+    """{method: {runs, reach, final, first_less_this, curves, pass_at_k, training}} of all runs."""
     numbers, first = {}, None
     for name, group in groups_of(runs).items():
         found = [read_accuracies(run) for run in group]
@@ -100,9 +101,7 @@ def method_numbers(runs):
             n = next(iter(last.values()))[1]
             final[", ".join(key)] = averaged([accuracy for accuracy, _ in last.values()], n, seeds=True)
         first = first or seeds
-        rates = [re.search(r"^learning_rate = (.*)$", run.config, re.M) for run in group]
         numbers[name] = {
-            "learning_rate": " / ".join(dict.fromkeys(rate[1] if rate else "–" for rate in rates)),
             "runs": [run.name for run in group], "final": final,
             "first_less_this": {key: difference(first[key], seeds[key]) for key in seeds if key in first},
             "reach": {f"{goal:.0%}": reached(curves, goal) for goal in REACH},
@@ -143,9 +142,8 @@ def method_tables(numbers):
     return [
         dict(title="Samples until", caption=f"The first evaluation of validation, {CURVE}, at or above the "
              "accuracy: responses (SFT: solutions) that each run had been trained on.",
-             columns=["method", "learning rate", *(f"{goal:.0%}" for goal in REACH)],
-             rows=[[name, m["learning_rate"], *map(needed, m["reach"].values())]
-                   for name, m in numbers.items()]),
+             columns=["method", *(f"{goal:.0%}" for goal in REACH)],
+             rows=[[name, *map(needed, m["reach"].values())] for name, m in numbers.items()]),
         dict(title="Final accuracy", caption="Percent, mean over runs; in brackets 95%, for another seed "
              "(Student's t) and for other problems (Wilson) in quadrature; all had the same problems.",
              columns=["problems, setting", *numbers],
@@ -162,12 +160,12 @@ def method_tables(numbers):
 
 def method_figure(numbers, runs):
     """Accuracy over the samples trained on, pass@k where several k were measured, and response length."""
-    def panel(title, x, y, points, **more):  # points: {method: {run: {x: value}}}
+    def panel(title, x, y, points):  # points: {method: {run: {x: value}}}
         curves = [series(name, str(i), points[name]) for i, name in enumerate(numbers) if name in points]
         for curve in curves:
             if len(curve["x"]) == 1:  # the untrained model: a level
                 curve["role"] = "base"
-        return {"title": title, "x": x, "y": y, "percent": y == "accuracy", "series": curves} | more
+        return {"title": title, "x": x, "y": y, "percent": y == "accuracy", "series": curves}
 
     panels, trained = [], "samples trained on"
     for part, x in (("curves", trained), ("pass_at_k", "k")):
@@ -178,8 +176,6 @@ def method_figure(numbers, runs):
             setting = CURVE if part == "curves" else "pass@k T=1 top_p=1"
             if len(at) > 1:
                 panels.append(panel(f"{problems}, {setting}", x, "accuracy", points))
-            if len(at) > 6:
-                panels.append(panel("its first third", x, "accuracy", points, until=at[-1] / 3))
     lengths = {name: {run.name: {row["samples"]: row.get("response/length") for row in run.metrics}
                       for run in group} for name, group in groups_of(runs).items() if group[0].metrics}
     panels.append(panel("response length", trained, "tokens", lengths))

@@ -165,17 +165,22 @@ def weighted(steps, key):
     return sum(row["n"] * row[key] for row in known) / n if n else None
 
 
+def correlation(steps):
+    """Of response length and reflection ratio over the steps; None for fewer than two or a constant."""
+    pairs = [(row.get("response/length"), row.get("reflection/reflection_ratio")) for row in steps]
+    try:
+        return statistics.correlation(*zip(*(pair for pair in pairs if None not in pair)))
+    except (statistics.StatisticsError, TypeError):
+        return None
+
+
 def length_numbers(rl):
     """For each run the response length, tokens, of its first step and of each period; and r, Pearson's
-    correlation of length with reflection_ratio over its steps."""
+    correlation of length with reflection_ratio over its steps, and over those of the last epoch."""
     table = []
     for run in rl:
         spans = {"first step": run.metrics[:1]} | periods(run)
         lengths = {name: weighted(steps, "response/length") for name, steps in spans.items()}
-        pairs = [(row.get("response/length"), row.get("reflection/reflection_ratio")) for row in run.metrics]
-        try:
-            r = statistics.correlation(*zip(*(pair for pair in pairs if None not in pair)))
-        except (statistics.StatisticsError, TypeError):  # fewer than two steps, or one never changes
-            r = None
-        table.append({"run": run.name, **lengths, "r": r})
+        r = {"r": correlation(run.metrics), "r, last epoch": correlation(spans["last epoch"])}
+        table.append({"run": run.name, **lengths, **r})
     return table

@@ -79,6 +79,8 @@ def test_reflection_and_length_are_those_of_an_independent_script(toy_report):
             assert numbers["length"][i][period] == pytest.approx(np.average(lengths[mask], weights=n[mask]))
         assert numbers["length"][i]["first step"] == lengths[0]
         assert numbers["length"][i]["r"] == pytest.approx(np.corrcoef(lengths, ratio)[0, 1])
+        late = np.corrcoef(lengths[epoch == epoch[-1]], ratio[epoch == epoch[-1]])[0, 1]
+        assert numbers["length"][i]["r, last epoch"] == pytest.approx(late)
     for name, *cells in rows_of(toy_report, "Reflection ratios")[1]:
         assert cells == [f"{mean(v):.3f} ± {stdev(v):.3f}" for v in numbers["reflection"][name].values()]
 
@@ -167,7 +169,7 @@ def test_one_run_without_evaluations_config_or_lengths_still_gives_a_report(tmp_
     write(run / "metrics.jsonl", step(1, 4, 2, 2, 1, **{"response/length": "12"}), step(2, 4, 2, 2, 1))
     main([str(run), f"--out={tmp_path}/out"])
     assert not (tmp_path / "out/figures/accuracy.png").exists()
-    assert rows_of(tmp_path / "out", "Response length")[1] == [["a", "–", "–", "7.0", "7.0", "–"]]
+    assert rows_of(tmp_path / "out", "Response length")[1] == [["a", "–", "–", "7.0", "7.0", "–", "–"]]
 
 
 def test_methods_are_compared_by_samples_needed_final_accuracy_and_training(tmp_path):
@@ -184,8 +186,7 @@ def test_methods_are_compared_by_samples_needed_final_accuracy_and_training(tmp_
     write(tmp_path / "base-0/eval.jsonl", row | {"step": None, "accuracy": 0.5})
     main(["--methods", *(str(tmp_path / name) for name in [*curves, "base-0"]), f"--out={tmp_path}/out"])
     assert rows_of(tmp_path / "out", "Samples until")[1] == [
-        ["grpo", "0.0002", "8, 4", "never, 8"],
-        ["rloo", "0.0002", "never, never", "never, never"], ["base", "–", "never", "never"]]
+        ["grpo", "8, 4", "never, 8"], ["rloo", "never, never", "never, never"], ["base", "never", "never"]]
     assert rows_of(tmp_path / "out", "Final accuracy") == (["problems, setting", "grpo", "rloo", "base"], [
         ["validation, pass@1 T=0.6 top_p=1", "87.5 (0.0 to 100.0)", "25.0 (4.6 to 69.9)",
          "50.0 (15.0 to 85.0)"],
@@ -196,7 +197,8 @@ def test_methods_are_compared_by_samples_needed_final_accuracy_and_training(tmp_
         "+62.5 (-96.3 to +221.3), n=2", "+37.5 (-121.3 to +196.3), n=2"]
     columns, rows = rows_of(tmp_path / "out", "Training")
     assert dict(zip(columns, rows[0])) == {
-        "method": "grpo", "length, first step": "6.0 (6.0 to 6.0)", "length, last step": "7.0 (7.0 to 7.0)"}
+        "method": "grpo", "length, last step": "7.0 (7.0 to 7.0)",
+        "reflection ratio, last half": "0.500 (0.500 to 0.500)"}
     assert (tmp_path / "out/figures/methods.png").exists()
 
 
