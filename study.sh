@@ -108,14 +108,14 @@ TEXT_SFT=$(best text_sft)
   done
   lines passk passk sft_rl "$RL" 0 1 2; } | each
 
-# what results/study has: the runs without checkpoints, one in 331 of their samples, and reports
+# what results/study has: the runs without checkpoints, of their samples those of a few problems, and reports
 rm -rf "$OUT/kept"
 for run in "$OUT"/*-[0-9]; do
-    for file in config.py metrics.jsonl samples.jsonl {curve,passk}/{config.py,eval.jsonl,samples.jsonl}; do
-        [ -e "$run/$file" ] || continue
+    for file in {,curve/,passk/}{config.py,metrics.jsonl,eval.jsonl,samples.jsonl}; do
+        [ -s "$run/$file" ] || continue
         kept=$OUT/kept/${run##*/}/$file
         mkdir -p "${kept%/*}"
-        if [[ $file == *samples.jsonl ]]; then awk 'NR % 331 == 1' "$run/$file" > "$kept"
+        if [[ $file == *samples.jsonl ]]; then grep '"id": "[^"]*37"' "$run/$file" > "$kept" || true
         else cp "$run/$file" "$kept"; fi
     done
 done

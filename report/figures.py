@@ -87,7 +87,7 @@ def draw_curve(axis, curve, scale):
     line = {key: value for key, value in look.items() if key != "marker"}
     centre, sd, *runs = (np.array([math.nan if v is None else v * scale for v in values])
                          for values in (curve["mean"], curve["sd"], *(run["y"] for run in curve["runs"])))
-    if curve["role"] == "base":
+    if curve["role"] == "base" and len(curve["x"]) == 1:  # a level
         axis.axhline(centre[0], label=curve["name"], **line)
         return
     for run in runs:

@@ -161,10 +161,9 @@ def method_tables(numbers):
 def method_figure(numbers, runs):
     """Accuracy over the samples trained on, pass@k where several k were measured, and response length."""
     def panel(title, x, y, points):  # points: {method: {run: {x: value}}}
-        curves = [series(name, str(i), points[name]) for i, name in enumerate(numbers) if name in points]
-        for curve in curves:
-            if len(curve["x"]) == 1:  # the untrained model: a level
-                curve["role"] = "base"
+        roles = {name: str(i) if any(m["curves"]["validation"][0]) else "base"  # nothing after 0 samples
+                 for i, (name, m) in enumerate(numbers.items())}
+        curves = [series(name, roles[name], points[name]) for name in numbers if name in points]
         return {"title": title, "x": x, "y": y, "percent": y == "accuracy", "series": curves}
 
     panels, trained = [], "samples trained on"
