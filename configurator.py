@@ -3,6 +3,7 @@
 import ast
 import difflib
 import os
+import pprint
 import shlex
 import sys
 from importlib.metadata import distributions
@@ -120,7 +121,8 @@ def save_config(config, path):
     """Writes config as a config file that repeats the run; argv, versions and commit are its comments."""
     found = [p for name in ("torch", "transformers", "vllm") for p in distributions(name=name)]
     commit = os.popen(f"git -C {shlex.quote(sys.path[0])} describe --always --dirty 2>&1").read().strip()
-    lines = [f"# argv: {sys.argv!r}", f"# commit: {commit!r}", *(f"# {p.name} {p.version}" for p in found)]
+    argv = pprint.pformat(sys.argv, width=100, compact=True).replace("\n", "\n#       ")
+    lines = [f"# argv: {argv}", f"# commit: {commit!r}", *(f"# {p.name} {p.version}" for p in found)]
     lines += [f"{key} = {value!r}" for key, value in config.items()]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("\n".join(lines) + "\n", "utf-8")

@@ -111,7 +111,7 @@ TEXT_SFT=$(best text_sft)
 # what results/study has: the runs without checkpoints, of their samples those of a few problems, and reports
 rm -rf "$OUT/kept"
 for run in "$OUT"/*-[0-9]; do
-    for file in {,curve/,passk/}{config.py,metrics.jsonl,eval.jsonl,samples.jsonl}; do
+    for file in config.py metrics.jsonl samples.jsonl {curve,passk}/{eval,samples}.jsonl; do
         [ -s "$run/$file" ] || continue
         kept=$OUT/kept/${run##*/}/$file
         mkdir -p "${kept%/*}"

@@ -1,4 +1,7 @@
-# argv: ['out/study/entropy_bonus-2e-4-2/scripts/train_rl.py', 'config/toy.py', '--model=toy/base', '--train_data=data/toy/train.jsonl', '--val_data=', '--test_data=', '--learning_rate=2e-4', '--seed=2', '--out_dir=out/study/entropy_bonus-2e-4-2', '--eval_every_epochs=0', '--save_every_steps=16', '--keep_checkpoints=0', '--init_from=resume']
+# argv: ['out/study/entropy_bonus-2e-4-2/scripts/train_rl.py', 'config/toy.py', '--model=toy/base',
+#        '--train_data=data/toy/train.jsonl', '--val_data=', '--test_data=', '--learning_rate=2e-4',
+#        '--seed=2', '--out_dir=out/study/entropy_bonus-2e-4-2', '--eval_every_epochs=0',
+#        '--save_every_steps=16', '--keep_checkpoints=0', '--init_from=resume']
 # commit: '3425383'
 # torch 2.13.0+cpu
 # transformers 5.19.0

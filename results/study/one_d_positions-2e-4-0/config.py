@@ -1,4 +1,8 @@
-# argv: ['out/study/one_d_positions-2e-4-0/scripts/train_rl.py', 'config/toy.py', '--old_logprobs_from=trainer', '--model=toy/base', '--train_data=data/toy/train.jsonl', '--val_data=', '--test_data=', '--learning_rate=2e-4', '--seed=0', '--out_dir=out/study/one_d_positions-2e-4-0', '--eval_every_epochs=0', '--save_every_steps=16', '--keep_checkpoints=0', '--init_from=resume']
+# argv: ['out/study/one_d_positions-2e-4-0/scripts/train_rl.py', 'config/toy.py',
+#        '--old_logprobs_from=trainer', '--model=toy/base', '--train_data=data/toy/train.jsonl',
+#        '--val_data=', '--test_data=', '--learning_rate=2e-4', '--seed=0',
+#        '--out_dir=out/study/one_d_positions-2e-4-0', '--eval_every_epochs=0', '--save_every_steps=16',
+#        '--keep_checkpoints=0', '--init_from=resume']
 # commit: '3425383'
 # torch 2.13.0+cpu
 # transformers 5.19.0

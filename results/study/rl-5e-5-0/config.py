@@ -1,4 +1,6 @@
-# argv: ['train_rl.py', 'config/toy.py', '--model=toy/base', '--train_data=data/toy/train.jsonl', '--val_data=', '--test_data=', '--learning_rate=5e-5', '--seed=0', '--out_dir=out/study/rl-5e-5-0', '--eval_every_epochs=0', '--save_every_steps=16', '--keep_checkpoints=0', '--init_from=resume']
+# argv: ['train_rl.py', 'config/toy.py', '--model=toy/base', '--train_data=data/toy/train.jsonl',
+#        '--val_data=', '--test_data=', '--learning_rate=5e-5', '--seed=0', '--out_dir=out/study/rl-5e-5-0',
+#        '--eval_every_epochs=0', '--save_every_steps=16', '--keep_checkpoints=0', '--init_from=resume']
 # commit: '10e5bdb'
 # torch 2.13.0+cpu
 # transformers 5.19.0

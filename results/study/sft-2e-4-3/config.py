@@ -1,4 +1,7 @@
-# argv: ['train_sft.py', 'config/toy_sft.py', '--model=toy/base', '--train_data=data/toy/train.jsonl', '--val_data=', '--test_data=', '--learning_rate=2e-4', '--seed=3', '--out_dir=out/study/sft-2e-4-3', '--eval_every_epochs=0', '--save_every_steps=64', '--keep_checkpoints=0', '--init_from=resume']
+# argv: ['train_sft.py', 'config/toy_sft.py', '--model=toy/base', '--train_data=data/toy/train.jsonl',
+#        '--val_data=', '--test_data=', '--learning_rate=2e-4', '--seed=3',
+#        '--out_dir=out/study/sft-2e-4-3', '--eval_every_epochs=0', '--save_every_steps=64',
+#        '--keep_checkpoints=0', '--init_from=resume']
 # commit: '3425383'
 # torch 2.13.0+cpu
 # transformers 5.19.0

@@ -1,4 +1,7 @@
-# argv: ['train_sft.py', 'config/toy_sft.py', '--model=toy/base', '--train_data=data/toy/text_train.jsonl', '--val_data=', '--test_data=', '--learning_rate=1e-4', '--seed=0', '--out_dir=out/study/text_sft-1e-4-0', '--eval_every_epochs=0', '--save_every_steps=64', '--keep_checkpoints=0', '--init_from=resume']
+# argv: ['train_sft.py', 'config/toy_sft.py', '--model=toy/base', '--train_data=data/toy/text_train.jsonl',
+#        '--val_data=', '--test_data=', '--learning_rate=1e-4', '--seed=0',
+#        '--out_dir=out/study/text_sft-1e-4-0', '--eval_every_epochs=0', '--save_every_steps=64',
+#        '--keep_checkpoints=0', '--init_from=resume']
 # commit: 'b289100'
 # torch 2.13.0+cpu
 # transformers 5.19.0

@@ -1,4 +1,7 @@
-# argv: ['out/study/whiten_adds_mean_back-2e-4-1/scripts/train_rl.py', 'config/toy.py', '--model=toy/base', '--train_data=data/toy/train.jsonl', '--val_data=', '--test_data=', '--learning_rate=2e-4', '--seed=1', '--out_dir=out/study/whiten_adds_mean_back-2e-4-1', '--eval_every_epochs=0', '--save_every_steps=16', '--keep_checkpoints=0', '--init_from=resume']
+# argv: ['out/study/whiten_adds_mean_back-2e-4-1/scripts/train_rl.py', 'config/toy.py', '--model=toy/base',
+#        '--train_data=data/toy/train.jsonl', '--val_data=', '--test_data=', '--learning_rate=2e-4',
+#        '--seed=1', '--out_dir=out/study/whiten_adds_mean_back-2e-4-1', '--eval_every_epochs=0',
+#        '--save_every_steps=16', '--keep_checkpoints=0', '--init_from=resume']
 # commit: 'b289100'
 # torch 2.13.0+cpu
 # transformers 5.19.0
